@@ -1,0 +1,52 @@
+"""The sizes by name, facts only: model configurations that need no hub, and the flag defaults of --mini and --demo."""
+
+LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
+SMOLLM2 = "smollm2-135m"
+
+# Arguments of transformers' LlamaConfig, by model id.
+CONFIGS = {
+    LLAMA3_8B: dict(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=128000,
+        eos_token_id=128009,
+    ),
+    SMOLLM2: dict(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        rope_theta=100000.0,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    ),
+}
+
+# A preset is a set of flag defaults: an explicit flag beside it wins.
+MINI = dict(from_scratch=True, num_hidden_layers=4, max_seq_len=4096)
+DEMO = dict(
+    model_id=SMOLLM2,
+    dataset_id="sotu",
+    max_seq_len=512,
+    max_val_samples=48,
+    precision="bf16",
+    micro_batch_size=2,
+    global_batch_size=8,
+    learning_rate=1e-4,
+    warmup_steps=5,
+    max_train_steps=16,
+)
