@@ -470,7 +470,10 @@ class TrainerArgs:
 
 
 # Keys of pas_config that our Trainer acts on, beside the user's own, which begin with "_".
-PAS_CONFIG_KEYS = {"recompute_modules", "mem_constraint", "recompute", "compile", "async_save", "deterministic"}
+PAS_CONFIG_KEYS = {
+    *("recompute_modules", "mem_constraint", "recompute", "compile", "async_save", "deterministic"),
+    *("max_skipped_steps", "validate_first"),
+}
 DATALOADER_KEYS = {
     *("collate_fn", "num_workers", "pin_memory", "prefetch_factor", "persistent_workers"),
     *("multiprocessing_context", "timeout", "drop_last"),

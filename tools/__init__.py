@@ -1,0 +1,1 @@
+"""Beside a run, reading what it wrote."""

@@ -1,0 +1,46 @@
+"""Draws a run's metrics.jsonl as curves.png: python -m tools.curves LOG_DIR."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def read_metrics(log_dir: Path) -> list[dict]:
+    """The rows of metrics.jsonl; a half line at the end of a killed run is left out."""
+    rows = []
+    for line in (log_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def draw(log_dir: Path) -> Path:
+    """Training and validation loss, learning rate, gradient norm and speed over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(log_dir)
+    panels = [("train_loss", "val_loss"), ("lr",), ("gnorm",), ("tokens_per_second",)]
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, names in zip(axes.flat, panels, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, label=name)
+        axis.set_xlabel("step")
+        axis.set_title(" and ".join(names))
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend()
+    path = log_dir / "curves.png"
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    print(draw(Path(sys.argv[1])))

@@ -1,0 +1,399 @@
+"""Checkpoints: whole or absent, verified on load, readable on any world size, merged in bounded memory.
+
+On disk: `<save_dir>/{epoch:04d}-{step:04d}/` with `manifest.json` and one safetensors shard a rank. A shard holds the rank's boxes of
+the global tensors; its metadata says where each box lies. `last` and `best` are symbolic links, swapped by rename.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+
+from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter, file_digest, tensor_bytes
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"\d{4,}-\d{4,}")
+_TEMPORARY = re.compile(r"\.(saving|replaced)-\d{4,}-\d{4,}")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted or written; the message names the file and what is wrong."""
+
+
+@dataclass
+class Piece:
+    """One rank's box of one tensor, as it is to be saved. `data` may live on any device."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    box: Box
+    data: torch.Tensor
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "w") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _digest(value: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint opened for reading, a folder of shards or a merged file."""
+
+    path: Path
+    state: dict  # step, epoch, samples, world_size, ...: what was given to save
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(repr=False)
+    parts: dict[str, list[tuple[TensorFileReader, Box]]] = field(repr=False)  # where the boxes of each tensor lie
+    checksums: dict[str, str] = field(repr=False)  # of each file of a folder, of each tensor of a merged file
+    rng: list[str] = field(default_factory=list, repr=False)  # a rank each; a merged file has none
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Reads what describes the checkpoint and checks every file's size; raises CheckpointError where it is not whole."""
+        path = Path(path).resolve()
+        try:
+            return cls._open_folder(path) if path.is_dir() else cls._open_merged(path)
+        except (TensorFileError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+
+    @classmethod
+    def _open_folder(cls, path: Path) -> "Checkpoint":
+        manifest = read_manifest(path)
+        tensors, parts, rng = {}, {}, []
+        for name in sorted(manifest["files"]):
+            reader = TensorFileReader(path / name)
+            rng.append(reader.metadata["rng"])
+            for key, (shape, offsets) in json.loads(reader.metadata["boxes"]).items():
+                dtype, held = reader.tensors[key]
+                tensors[key] = (dtype, tuple(shape))
+                parts.setdefault(key, []).append((reader, Box(tuple(offsets), held)))
+        return cls(path, manifest["state"], tensors, parts, {n: e["xxh3_128"] for n, e in manifest["files"].items()}, rng)
+
+    @classmethod
+    def _open_merged(cls, path: Path) -> "Checkpoint":
+        reader = TensorFileReader(path)
+        if "state" not in reader.metadata:
+            raise CheckpointError(f"{path} holds no training state: give a checkpoint folder, or a file that --merge_checkpoint wrote")
+        state, checksums = json.loads(reader.metadata["state"]), json.loads(reader.metadata["digests"])
+        if _digest(state) != reader.metadata.get("state_digest") or set(checksums) != set(reader.tensors):
+            raise CheckpointError(f"{path}: its metadata was altered after it was merged: merge the checkpoint again")
+        parts = {name: [(reader, Box.whole(shape))] for name, (_, shape) in reader.tensors.items()}
+        return cls(path, state, reader.tensors, parts, checksums)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Checks every `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
+        for name in sorted(self.checksums)[part::parts]:
+            where = self.path / name if self.path.is_dir() else f"{self.path}, tensor {name}"
+            try:
+                digest = file_digest(where) if self.path.is_dir() else xxhash.xxh3_128_hexdigest(tensor_bytes(self.read(name)))
+            except (OSError, TensorFileError) as error:
+                raise CheckpointError(f"{where} cannot be read: {error}") from None
+            if digest != self.checksums[name]:
+                raise CheckpointError(f"{where}: the contents do not match the checksum: damaged or exchanged after it was saved")
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """A box of the tensor (default: the whole) on the CPU; raises CheckpointError where the checkpoint does not hold it."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} holds no tensor {name}: it was saved from another model")
+        dtype, shape = self.tensors[name]
+        box = box or Box.whole(shape)
+        result, missing = None, box.size
+        for reader, held in self.parts[name]:
+            common = box.overlap(held)
+            if common is None:
+                continue
+            data = reader.read(name, common.inside(held))
+            missing -= common.size
+            if common == box:
+                result = data
+            else:
+                result = torch.empty(box.shape, dtype=dtype) if result is None else result
+                result[common.inside(box).slices] = data
+        if missing:
+            raise CheckpointError(f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing")
+        return torch.empty(box.shape, dtype=dtype) if result is None else result
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of every model parameter, one at a time."""
+        for name in self.tensors:
+            if name.startswith("model."):
+                yield name.removeprefix("model."), self.read(name)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint folder, after checking that it and the sizes of its files are right; raises CheckpointError."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        state, files, checksum = manifest["state"], manifest["files"], manifest["checksum"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}): it was damaged after it was saved") from None
+    if _digest({"state": state, "files": files}) != checksum:
+        raise CheckpointError(f"{path} does not match its own checksum: it was altered after it was saved")
+    for name, entry in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing: the checkpoint is not whole")
+        if (size := (folder / name).stat().st_size) != entry["size"]:
+            raise CheckpointError(f"{folder / name} has {size} bytes, {entry['size']} were saved: it was damaged after it was saved")
+    return manifest
+
+
+def candidates(save_dir: Path, which: str) -> list[Path]:
+    """Where `last` or `best` may be found, the most wanted first: what the link names, then for `last` every checkpoint, newest first."""
+    link = save_dir / which
+    first = [link.resolve()] if link.is_symlink() else []
+    others = [path for path in checkpoints(save_dir) if path.resolve() not in first] if which == "last" else []
+    return [path for path in first if path.is_dir()] + others
+
+
+def checkpoints(save_dir: Path) -> list[Path]:
+    """Finished checkpoint folders, newest first."""
+    found = [path for path in save_dir.glob("*-*") if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: (int(path.name.split("-")[1]), path.stat().st_mtime_ns), reverse=True)
+
+
+# ---------------------------------------------------------------- saving
+
+
+class Saver:
+    """Writes checkpoints, all ranks together, in the foreground or in a thread of its own; one at a time.
+
+    group: a gloo process group for this alone, as the thread talks while the training does. Every failure is the same
+    CheckpointError on every rank: raised by `save`, or by the `wait` after a save in the background.
+    """
+
+    def __init__(self, save_dir: Path, keep_last: int | None, group):
+        self.save_dir, self.keep_last, self.group = save_dir, keep_last, group
+        self.blocked_seconds = self.total_seconds = 0.0  # of the last save
+        self._thread, self._error = None, None
+
+    def save(self, name: str, pieces: list[Piece], state: dict, links: tuple[str, ...], in_background: bool = False) -> None:
+        """Saves the pieces as `<save_dir>/<name>` and points `links` at it. In the background, training may go on at once."""
+        began = time.perf_counter()
+        self.wait()
+        rng = rng_state()
+        if in_background:
+            pieces = [Piece(p.name, p.shape, p.box, _host_copy(p.data)) for p in pieces]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the copies are complete before training changes what they copy
+            self._thread = threading.Thread(target=self._run, args=(name, pieces, state, rng, links, began), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(name, pieces, state, rng, links, began)
+        self.blocked_seconds = time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Returns once the last save is on disk; raises what went wrong with it."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self, *args) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:  # raised again by wait(), in the thread that trains
+            self._error = error
+
+    def _write(self, name, pieces, state, rng, links, began) -> None:
+        rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        temporary = self.save_dir / f".saving-{name}"
+
+        def prepare():
+            self.save_dir.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+
+        def write():
+            file = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+            specs = {piece.name: (piece.data.dtype, tuple(piece.data.shape)) for piece in pieces}
+            boxes = json.dumps({piece.name: (piece.shape, piece.box.offsets) for piece in pieces})
+            with TensorFileWriter(temporary / file, specs, {"boxes": boxes, "rng": rng}) as writer:
+                for piece in pieces:
+                    writer.add(piece.name, piece.data)
+                return file, writer.finish()
+
+        try:
+            self._together(prepare if rank == 0 else None, name)
+            files = dict(self._together(write, name))
+            self._together((lambda: self._publish(name, temporary, files, state, links)) if rank == 0 else None, name)
+        except CheckpointError:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.total_seconds = time.perf_counter() - began
+
+    def _publish(self, name: str, temporary: Path, files: dict, state: dict, links: tuple[str, ...]) -> None:
+        """Everything is on disk but the names: from here on, each step leaves a whole checkpoint behind."""
+        body = {"state": state, "files": files}
+        _write_json(temporary / MANIFEST, {**body, "checksum": _digest(body)})
+        _fsync_folder(temporary)
+        final, replaced = self.save_dir / name, self.save_dir / f".replaced-{name}"
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _fsync_folder(self.save_dir)
+        for link in links:
+            _swap_link(self.save_dir, link, name)
+        _fsync_folder(self.save_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.keep_last is not None:
+            _prune(self.save_dir, self.keep_last)
+
+    def _together(self, action: Callable | None, name: str) -> list:
+        """Runs the action on the ranks that have one, and gives every result to all; one rank's failure is everybody's."""
+        result, problem = None, None
+        try:
+            result = action() if action else None
+        except OSError as error:
+            problem = (
+                f"checkpoint {self.save_dir / name} could not be saved: {error.strerror or error} ({error.filename or 'while writing'}). "
+                "The checkpoints before it are untouched; make room or choose another --save_dir, then --resume_from=last"
+            )
+        answers = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(answers, (result, problem), group=self.group)
+        if problems := [problem for _, problem in answers if problem]:
+            raise CheckpointError(problems[0])
+        return [result for result, _ in answers]
+
+
+def _host_copy(data: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+    return copy.copy_(data.detach(), non_blocking=True)
+
+
+def _swap_link(save_dir: Path, link: str, target: str) -> None:
+    temporary = save_dir / f".{link}.new"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, save_dir / link)
+
+
+def _prune(save_dir: Path, keep: int) -> None:
+    kept = {(save_dir / link).resolve() for link in ("last", "best")}
+    for path in checkpoints(save_dir)[keep:]:
+        if path.resolve() not in kept:
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            doomed = save_dir / f".replaced-{path.name}"
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean_up(save_dir: Path) -> None:
+    """Removes what a killed save left behind. A checkpoint set aside by a save that died before putting the new one is put back."""
+    for path in save_dir.glob(".*-*") if save_dir.is_dir() else []:
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        kind, name = path.name[1:].split("-", 1)
+        if kind == "replaced" and (path / MANIFEST).is_file() and not (save_dir / name).exists():
+            try:
+                read_manifest(path)
+                os.rename(path, save_dir / name)
+                continue
+            except CheckpointError:
+                pass
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def merge(source: str | Path, out_file: str | Path) -> Path:
+    """Merges a checkpoint folder into one safetensors file, tensor by tensor; raises CheckpointError if it is damaged.
+
+    What is written is what `state` and every tensor hold, each tensor with its checksum: one portable file.
+    """
+    checkpoint, out_file = Checkpoint.open(source), Path(out_file)
+    checkpoint.verify()
+    placeholders = json.dumps({name: f"{index:032x}" for index, name in enumerate(checkpoint.tensors)})
+    metadata = {"state": json.dumps(checkpoint.state), "state_digest": _digest(checkpoint.state), "digests": placeholders}
+    with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata) as writer:
+        for name in checkpoint.tensors:
+            writer.add(name, checkpoint.read(name))
+        # Inside the header both are JSON texts in a JSON text.
+        writer.replace_in_header(json.dumps(placeholders)[1:-1], json.dumps(json.dumps(writer.digests))[1:-1])
+        writer.finish()
+    return out_file
+
+
+@contextlib.contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """A name beside `path` that becomes it when the block ends well, and is removed when it does not."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- random number generators
+
+
+def rng_state() -> str:
+    """Python's, NumPy's, torch's and the device's generators, as JSON."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
+    return json.dumps(state)
+
+
+def set_rng_state(text: str) -> None:
+    state = json.loads(text)
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+
+    def tensor(encoded):
+        return torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(state["cuda"]))
+    elif torch.cuda.is_available():
+        warnings.warn("the checkpoint was saved without CUDA: the device's random numbers start from the seed", stacklevel=2)

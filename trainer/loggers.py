@@ -1,0 +1,57 @@
+"""Where metrics go: a JSON object a line, and TensorBoard events beside it. Only rank 0 logs."""
+
+import json
+import os
+from pathlib import Path
+
+METRICS = "metrics.jsonl"
+
+
+class JsonlLogger:
+    """Appends to `<log_dir>/metrics.jsonl`, floats at full precision. A resumed run continues the file: no step twice."""
+
+    def __init__(self, log_dir: str | Path):
+        self.path = Path(log_dir) / METRICS
+
+    def setup(self, config: dict, step: int = 0) -> None:
+        """`step`: the last one of the run that is resumed; what the file holds beyond it is dropped, as it will come again."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+            temporary = self.path.with_suffix(".new")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.path)
+        self._file = open(self.path, "a", buffering=1)
+
+    def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def finalize(self) -> None:
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the half line of a killed run
+
+
+class TensorBoardLogger:
+    """TensorBoard events in `log_dir`, tags train/... and val/..."""
+
+    def __init__(self, log_dir: str | Path):
+        self.log_dir = str(log_dir)
+
+    def setup(self, config: dict, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(self.log_dir, purge_step=step + 1 if step else None)
+
+    def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(f"{tag}/{name}" if tag else name, value, step)
+
+    def finalize(self) -> None:
+        self._writer.close()

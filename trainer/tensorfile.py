@@ -1,0 +1,183 @@
+"""safetensors files read and written one tensor, or a box of one, at a time, without mapping them into memory.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header, then the tensors' bytes. The
+library's own reader maps the whole file, and its writer wants every tensor at once; both would make memory grow with the model.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+CHUNK_BYTES = 2**24
+
+
+class TensorFileError(ValueError):
+    """A file that is not a whole safetensors file; the message names it."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor: where it starts in each dim, and its shape."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Iterable[int]) -> "Box":
+        shape = tuple(shape)
+        return cls((0,) * len(shape), shape)
+
+    def overlap(self, other: "Box") -> "Box | None":
+        starts = tuple(map(max, self.offsets, other.offsets))
+        stops = tuple(min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True))
+        shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+        return Box(starts, shape) if all(n > 0 for n in shape) else None
+
+    def inside(self, outer: "Box") -> "Box":
+        """The same part, counted from the start of `outer`."""
+        return Box(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(a, a + n) for a, n in zip(self.offsets, self.shape, strict=True))
+
+
+class TensorFileReader:
+    """The header of a safetensors file, read once; `read` opens the file, and holds no more than what it returns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > min(size, MAX_HEADER_BYTES):
+                    raise ValueError("its header is cut off")
+                header = json.loads(file.read(length))
+            self.metadata = header.pop("__metadata__", {})
+            self._data_start = 8 + length
+            self.tensors = {name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+            self._starts = {name: entry["data_offsets"][0] for name, entry in header.items()}
+            for name, (dtype, shape) in self.tensors.items():
+                begin, end = header[name]["data_offsets"]
+                if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize or self._data_start + end > size:
+                    raise ValueError(f"tensor {name} does not lie inside it")
+        except FileNotFoundError:
+            raise TensorFileError(f"{path} is missing") from None
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise TensorFileError(f"{path} is not a whole safetensors file: {error}") from None
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """The tensor, or a box of it, on the CPU."""
+        dtype, shape = self.tensors[name]
+        box = box or Box.whole(shape)
+        result = torch.empty(box.shape, dtype=dtype)
+        row_shape = shape[1:]
+        if box.shape[1:] == row_shape:  # whole rows: one run of bytes
+            first_row = box.offsets[0] if shape else 0
+            self._read_into(result, self._starts[name] + first_row * math.prod(row_shape) * dtype.itemsize)
+        else:
+            for row in range(box.shape[0]):
+                whole = self.read(name, Box((box.offsets[0] + row,) + (0,) * len(row_shape), (1, *row_shape)))
+                result[row] = whole[0][Box(box.offsets[1:], box.shape[1:]).slices]
+        return result
+
+    def _read_into(self, tensor: torch.Tensor, offset: int) -> None:
+        if not tensor.numel():
+            return
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._data_start + offset)
+            while view:
+                count = file.readinto(view[:CHUNK_BYTES])
+                if not count:
+                    raise TensorFileError(f"{self.path} is cut off")
+                view = view[count:]
+
+
+class TensorFileWriter:
+    """Writes one safetensors file tensor by tensor, in the order of `specs`: name -> (dtype, shape)."""
+
+    def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+        header, offset = {"__metadata__": {"format": "pt", **metadata}}, 0
+        for name, (dtype, shape) in specs.items():
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.size = 8 + len(encoded) + offset
+        self.digests: dict[str, str] = {}  # of each tensor's bytes
+        self._header, self._specs, self._hash = encoded, specs, xxhash.xxh3_128()
+        self._remaining = iter(specs)
+        self._file = open(path, "wb", buffering=0)
+        self._put(struct.pack("<Q", len(encoded)) + encoded)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def _put(self, data) -> None:
+        view = memoryview(data)
+        while view:
+            written = self._file.write(view[:CHUNK_BYTES])
+            self._hash.update(view[:written])
+            view = view[written:]
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        assert name == next(self._remaining) and self._specs[name] == (tensor.dtype, tuple(tensor.shape)), name
+        data = tensor_bytes(tensor)
+        self._put(data)
+        self.digests[name] = xxhash.xxh3_128_hexdigest(data)
+
+    def replace_in_header(self, old: str, new: str) -> None:
+        """Puts in what was not known at the start, over a placeholder of the same length."""
+        header = self._header.replace(old.encode(), new.encode())
+        assert len(header) == len(self._header) and header != self._header
+        os.pwrite(self._file.fileno(), header, 8)
+
+    def finish(self) -> dict:
+        """Flushes everything to disk; returns the file's size and checksum as it was written, header replacements aside."""
+        assert next(self._remaining, None) is None, "every tensor of the specs is added"
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"size": self.size, "xxh3_128": self._hash.hexdigest()}
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, copied only where it is not on the CPU or not contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def file_digest(path: Path) -> str:
+    """The file's xxh3 checksum, read in chunks."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
