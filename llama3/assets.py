@@ -14,9 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from llama3.presets import CONFIGS, SMOLLM2
 
 # How the Llama 3 tokenizer cuts text into words before byte-pair encoding (transformers' TikTokenConverter has the same default).
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -116,9 +114,7 @@ def _folder(model_id: str, patterns: list[str]) -> Path:
         raise AssetError(f"{model_id} is neither a folder here nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    return Path(
-        from_hub(lambda: snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=["original/*", "*/*"]), model_id)
-    )
+    return Path(from_hub(lambda: snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=["original/*", "*/*"]), model_id))
 
 
 def from_hub(download, repo_id: str, kind: str = "model"):
