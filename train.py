@@ -230,7 +230,10 @@ def build_trainer(args):
         log=[LogConfig("trainer.loggers.JsonlLogger", dict(log_dir=args.log_dir))]
         + [LogConfig("trainer.loggers.TensorBoardLogger", dict(log_dir=args.log_dir))],
         # A checkpoint says what is needed to export it elsewhere.
-        hook=HookMapConfig(on_save_checkpoint=lambda _, state: state.update(model=config.to_dict(), tokenizer_id=args.tokenizer_id)),
+        hook=HookMapConfig(
+            on_save_checkpoint=lambda _, state: state.update(model=config.to_dict(), tokenizer_id=args.tokenizer_id),
+            on_train_end=lambda _: draw_curves(args.log_dir),
+        ),
         precision=args.precision,
         micro_batch_size=args.micro_batch_size,
         **batch_sizes(args, resumed),
@@ -309,10 +312,13 @@ def sum_over_tokens(outputs, group):
 
 def train(args) -> None:
     build_trainer(args).run()
+
+
+def draw_curves(log_dir: str) -> None:
     if is_first_rank():
         from tools import curves
 
-        logger.info("curves: %s", curves.draw(Path(args.log_dir)))
+        logger.info("curves: %s", curves.draw(Path(log_dir)))
 
 
 def evaluate(args) -> None:

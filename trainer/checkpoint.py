@@ -6,7 +6,9 @@ the global tensors; its metadata says where each box lies. `last` and `best` are
 
 import base64
 import contextlib
+import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -24,6 +26,8 @@ import torch.distributed as dist
 import xxhash
 
 from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter, file_digest, tensor_bytes
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"\d{4,}-\d{4,}")
@@ -332,6 +336,19 @@ def clean_up(save_dir: Path) -> None:
             except CheckpointError:
                 pass
         shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a folder to the first free numbered name beside it, and says so; ValueError where that would pull away what is in use."""
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise CheckpointError(
+            f"{folder} holds another run, and cannot be set aside from inside it: choose another --save_dir and --log_dir"
+        )
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+    target = folder.with_name(f"{folder.name}.{number}")
+    os.rename(folder, target)
+    logger.warning("%s holds another run: set aside as %s", folder, target)
+    return target
 
 
 def merge(source: str | Path, out_file: str | Path) -> Path:

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from trainer.checkpoint import set_aside
+
 METRICS = "metrics.jsonl"
 
 
@@ -14,10 +16,16 @@ class JsonlLogger:
         self.path = Path(log_dir) / METRICS
 
     def setup(self, config: dict, step: int = 0) -> None:
-        """`step`: the last one of the run that is resumed; what the file holds beyond it is dropped, as it will come again."""
+        """`step`: the last one of the run that is resumed; what the file holds beyond it is dropped, as it will come again.
+
+        A run from step 0 is another run than the one that the folder holds: that is set aside.
+        """
+        if step == 0 and self.path.exists():
+            set_aside(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= step]
+        if len(kept) < len(lines):
             temporary = self.path.with_suffix(".new")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.path)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from trainer import checkpoint, hooks, parallel
 from trainer.args import AggregatedOutputs, DatasetSamplerConfig, TrainerArgs, load_type, refuse_unsupported
-from trainer.checkpoint import Checkpoint, CheckpointError, Piece
+from trainer.checkpoint import Checkpoint, CheckpointError, Piece, set_aside
 from trainer.sampler import GlobalBatchSampler
 from trainer.tensorfile import TensorFileReader
 
@@ -65,15 +65,15 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the end; a SIGTERM saves and exits with 143."""
-        args = self.train_args
         with self._process_group(), self._signal_handlers():
             self._setup()
-            self._set_up_training()
+            if not self._set_up_training():
+                return
             try:
                 self._hook("on_train_start")
                 if self.options.get("validate_first") and self.state.step == 0:
                     self._validate_and_log()
-                self._train(self._last_step(args))
+                self._train()
                 self._hook("on_train_end")
             finally:
                 for log in self.loggers:
@@ -103,15 +103,17 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        if "RANK" in os.environ:
+        ours = not dist.is_initialized()  # a caller may bring its own
+        if ours and "RANK" in os.environ:
             dist.init_process_group(backend)
-        else:
+        elif ours:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         try:
             yield
         finally:
-            dist.destroy_process_group()
+            if ours:
+                dist.destroy_process_group()
 
     def _setup(self) -> None:
         """The model with its weights, and the datasets: all that validation needs."""
@@ -167,7 +169,8 @@ class Trainer:
 
         parallel.fill(model, self.names, values)
 
-    def _set_up_training(self) -> None:
+    def _set_up_training(self) -> bool:
+        """Optimizer, schedule, resumed state, loggers; False where the resumed run is already at its end, and nothing was touched."""
         args = self.train_args
         if len(self.train_set) < args.global_batch_size:
             raise ValueError(
@@ -178,8 +181,9 @@ class Trainer:
         if self._resumed:
             self._restore(self._resumed)
         else:
-            for folder in [self.save_dir] if not args.checkpoint.no_save and checkpoint.checkpoints(self.save_dir) else []:
-                self._set_aside(folder)
+            self._set_aside_old_checkpoints()
+        if self._nothing_to_do():
+            return False
         self.scheduler = None
         if args.lr_scheduler:
             self.scheduler = load_type(args.lr_scheduler.type)(self.optimizer, **args.lr_scheduler.args)
@@ -193,13 +197,21 @@ class Trainer:
             for log in self.loggers:
                 log.setup(args.to_dict(), self.state.step)
         self._hook("after_setup")
+        return True
 
-    def _set_aside(self, folder: Path) -> None:
+    def _set_aside_old_checkpoints(self) -> None:
         """A fresh run never writes into another run's folder."""
+        found = not self.train_args.checkpoint.no_save and checkpoint.checkpoints(self.save_dir)
+        dist.barrier(group=self.control)  # every rank has looked before it moves
+        if found and self.rank == 0:
+            set_aside(self.save_dir)
         dist.barrier(group=self.control)
-        if self.rank == 0:
-            set_aside(folder)
-        dist.barrier(group=self.control)
+
+    def _nothing_to_do(self) -> bool:
+        self.last_step = self._last_step()
+        if self.state.step >= self.last_step and self.rank == 0:
+            logger.info("nothing to do: step %d of %d is reached (raise --max_train_steps to go on)", self.state.step, self.last_step)
+        return self.state.step >= self.last_step
 
     # ------------------------------------------------------------ resuming
 
@@ -260,19 +272,16 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def _last_step(self, args: TrainerArgs) -> int:
+    def _last_step(self) -> int:
+        args = self.train_args
         steps = [args.max_train_steps] if args.max_train_steps else []
         if args.max_epochs:
             left = args.max_epochs * len(self.train_set) - self.state.samples
             steps.append(self.state.step + math.ceil(left / args.global_batch_size))
         return min(steps)
 
-    def _train(self, last_step: int) -> None:
-        args, state = self.train_args, self.state
-        if state.step >= last_step:
-            if self.rank == 0:
-                logger.info("nothing to do: step %d of %d is reached (raise --max_train_steps to go on)", state.step, last_step)
-            return
+    def _train(self) -> None:
+        args, state, last_step = self.train_args, self.state, self.last_step
         batches = iter(self._train_loader())
         skipped_in_a_row, epoch = 0, self._epoch(state.samples)
         self._hook("on_epoch_start", epoch)
@@ -594,15 +603,6 @@ class _CollateOrNone:
 
     def __call__(self, samples):
         return self.collate(samples) if samples else None
-
-
-def set_aside(folder: Path) -> Path:
-    """Renames a folder to the first free numbered name beside it, and says so."""
-    number = next(n for n in range(1, sys.maxsize) if not folder.with_name(f"{folder.name}.{n}").exists())
-    target = folder.with_name(f"{folder.name}.{number}")
-    os.rename(folder, target)
-    logger.warning("%s holds another run: set aside as %s", folder, target)
-    return target
 
 
 def perplexity(loss: float) -> float:
