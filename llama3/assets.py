@@ -141,8 +141,8 @@ def from_hub(download, repo_id: str, kind: str = "model"):
             retry = cause.startswith("the hub answered 429") or cause.startswith("the hub answered 5") or "dropped" in cause
             if not retry or wait_seconds is None:
                 raise AssetError(
-                    f"{kind} {repo_id} could not be downloaded: {cause}. Give a local folder instead, try again with a network, "
-                    "or use --demo, which needs no hub."
+                    f"{kind} {repo_id} could not be downloaded: {cause}. Try again with a network (a gated one needs its terms accepted "
+                    f"at {page}, and HF_TOKEN set), give a local folder instead, or use --demo, which needs no hub."
                 ) from error
             time.sleep(wait_seconds)
 

@@ -42,5 +42,16 @@ def draw(log_dir: Path) -> Path:
     return path
 
 
+def validation_summary(log_dir: Path) -> str:
+    """The first and the last validation loss of the run, in nats per token."""
+    rows = [row for row in read_metrics(log_dir) if "val_loss" in row]
+    if not rows:
+        return "the run was not validated"
+    first, last = rows[0], rows[-1]
+    change = last["val_loss"] - first["val_loss"]
+    return f"validation loss {first['val_loss']:.4f} at step {first['step']}, {last['val_loss']:.4f} at step {last['step']}: {change:+.4f}"
+
+
 if __name__ == "__main__":
     print(draw(Path(sys.argv[1])))
+    print(validation_summary(Path(sys.argv[1])))

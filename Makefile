@@ -1,0 +1,40 @@
+# make demo: fine-tunes a real model on two ranks, on this machine's CPU.  make test: the tests.  Both set up .venv themselves.
+PYTHON ?= python3
+PY := .venv/bin/python
+TORCHRUN := .venv/bin/torchrun --standalone
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow lint clean
+
+$(INSTALLED): requirements.txt requirements-demo.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(PY) -m pip install --quiet --no-deps -r requirements-demo.txt
+	touch $@
+
+DEMO := --demo --dataset_path=demo/sotu-512 --save_dir=demo/checkpoints --log_dir=demo/log --keep_last_n_checkpoints=1
+
+demo: $(INSTALLED)
+	rm -rf demo/checkpoints demo/log demo/hf
+	$(PY) train.py $(DEMO) --prepare_data
+	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO)
+	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO) --resume_from=last --max_train_steps=18
+	$(PY) train.py $(DEMO) --merge_checkpoint
+	$(PY) train.py $(DEMO) --resume_from=demo/checkpoints/merged.ckpt --max_train_steps=20
+	$(PY) train.py $(DEMO) --evaluate --resume_from=last
+	$(PY) train.py $(DEMO) --export_hf --output_path=demo/hf
+	$(PY) train.py $(DEMO) --model_id=demo/hf --generate="My fellow Americans, the state of our union"
+	$(PY) -m tools.curves demo/log
+
+test: $(INSTALLED) lint
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m slow
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache
