@@ -242,6 +242,8 @@ def build_trainer(args):
         log_progress_every_n_train_steps=1,
         seed=args.seed,
     )
+    for folder in (args.save_dir, args.log_dir) if args.mode == "train" else ():
+        check_writable(Path(folder))
     if train_samples < trainer_args.global_batch_size and args.mode == "train":
         raise ValueError(
             f"{args.dataset_path} has {train_samples} training samples, less than one global batch of {trainer_args.global_batch_size}: "
@@ -250,6 +252,13 @@ def build_trainer(args):
     if args.mode == "evaluate" and not val_samples:
         raise ValueError(f"{args.dataset_path} has no validation samples: prepare it with a larger --validation_fraction")
     return Trainer(train_args=trainer_args)
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError now rather than a failure at the first save."""
+    existing_part = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing_part.is_dir() or not os.access(existing_part, os.W_OK | os.X_OK) or os.statvfs(existing_part).f_flag & os.ST_RDONLY:
+        raise ValueError(f"{folder} cannot be written to ({existing_part} does not allow it): name another --save_dir or --log_dir")
 
 
 def resume_state(args) -> dict | None:
@@ -406,8 +415,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         logger.debug("where it came from:", exc_info=True)
         return complain(str(error), 2)
+    except OSError as error:
+        return complain(f"{error.filename or 'a file'}: {error.strerror or error}; make room or name a folder that can be written", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "TrainingFailed":
+        if type(error).__name__ != "TrainingFailed":  # its module is not imported before it is needed
             raise
         return complain(str(error), 1)
 

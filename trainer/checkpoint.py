@@ -38,6 +38,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted or written; the message names the file and what is wrong."""
 
 
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; the message says why, and what is left to continue from."""
+
+
 @dataclass
 class Piece:
     """One rank's box of one tensor, as it is to be saved. `data` may live on any device."""
@@ -96,11 +100,14 @@ class Checkpoint:
         tensors, parts, rng = {}, {}, []
         for name in sorted(manifest["files"]):
             reader = TensorFileReader(path / name)
-            rng.append(reader.metadata["rng"])
-            for key, (shape, offsets) in json.loads(reader.metadata["boxes"]).items():
-                dtype, held = reader.tensors[key]
-                tensors[key] = (dtype, tuple(shape))
-                parts.setdefault(key, []).append((reader, Box(tuple(offsets), held)))
+            try:
+                rng.append(reader.metadata["rng"])
+                for key, (shape, offsets) in json.loads(reader.metadata["boxes"]).items():
+                    dtype, held = reader.tensors[key]
+                    tensors[key] = (dtype, tuple(shape))
+                    parts.setdefault(key, []).append((reader, Box(tuple(offsets), held)))
+            except (KeyError, ValueError, TypeError) as error:
+                raise CheckpointError(f"{path / name} is damaged: its header makes no sense ({error!r})") from None
         return cls(path, manifest["state"], tensors, parts, {n: e["xxh3_128"] for n, e in manifest["files"].items()}, rng)
 
     @classmethod
@@ -177,8 +184,10 @@ def read_manifest(folder: Path) -> dict:
 def candidates(save_dir: Path, which: str) -> list[Path]:
     """Where `last` or `best` may be found, the most wanted first: what the link names, then for `last` every checkpoint, newest first."""
     link = save_dir / which
-    first = [link.resolve()] if link.is_symlink() else []
-    others = [path for path in checkpoints(save_dir) if path.resolve() not in first] if which == "last" else []
+    first = [save_dir / link.readlink()] if link.is_symlink() else []
+    # A save killed between its two renames left the checkpoint that it was to replace under another name.
+    first += [path.with_name(f".replaced-{path.name}") for path in first]
+    others = [path for path in checkpoints(save_dir) if path not in first] if which == "last" else []
     return [path for path in first if path.is_dir()] + others
 
 
@@ -194,8 +203,8 @@ def checkpoints(save_dir: Path) -> list[Path]:
 class Saver:
     """Writes checkpoints, all ranks together, in the foreground or in a thread of its own; one at a time.
 
-    group: a gloo process group for this alone, as the thread talks while the training does. Every failure is the same
-    CheckpointError on every rank: raised by `save`, or by the `wait` after a save in the background.
+    group: a gloo process group for this alone, as the thread talks while the training does. A failure is the same TrainingFailed on
+    every rank: raised by `save`, or by the `wait` after a save in the background.
     """
 
     def __init__(self, save_dir: Path, keep_last: int | None, group):
@@ -259,7 +268,7 @@ class Saver:
             self._together(prepare if rank == 0 else None, name)
             files = dict(self._together(write, name))
             self._together((lambda: self._publish(name, temporary, files, state, links)) if rank == 0 else None, name)
-        except CheckpointError:
+        except TrainingFailed:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -295,7 +304,7 @@ class Saver:
         answers = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(answers, (result, problem), group=self.group)
         if problems := [problem for _, problem in answers if problem]:
-            raise CheckpointError(problems[0])
+            raise TrainingFailed(problems[0])
         return [result for result, _ in answers]
 
 

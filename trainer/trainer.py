@@ -20,17 +20,13 @@ from torch.utils.data import DataLoader
 
 from trainer import checkpoint, hooks, parallel
 from trainer.args import AggregatedOutputs, DatasetSamplerConfig, TrainerArgs, load_type, refuse_unsupported
-from trainer.checkpoint import Checkpoint, CheckpointError, Piece, set_aside
+from trainer.checkpoint import Checkpoint, CheckpointError, Piece, TrainingFailed, set_aside
 from trainer.sampler import GlobalBatchSampler
 from trainer.tensorfile import TensorFileReader
 
 logger = logging.getLogger(__name__)
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # 143
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message says why, and what is left to continue from."""
 
 
 @dataclass
@@ -76,6 +72,7 @@ class Trainer:
                 self._train()
                 self._hook("on_train_end")
             finally:
+                self.saver.wait()  # however the run ends, a save under way is finished
                 for log in self.loggers:
                     log.finalize()
             self._hook("on_finalize")
@@ -134,7 +131,7 @@ class Trainer:
         self.collate = load_type(args.dataloader.train_args.get("collate_fn")) or torch.utils.data.default_collate
 
         self.save_dir = Path(args.checkpoint.save_dir)
-        self.control = dist.new_group(backend="gloo")  # objects, and saves in the background, apart from the training's traffic
+        self.control = dist.new_group(backend="gloo")  # carries objects and barriers, which nccl would not
         source = self._open_resumed()
         self.model = self._build_model(source)
         self._resumed = source
@@ -191,7 +188,8 @@ class Trainer:
             self._step_scheduler(self.state.step if args.lr_scheduler.interval == "step" else self._epoch(self.state.samples))
         if self.rank == 0 and not args.checkpoint.no_save:
             checkpoint.clean_up(self.save_dir)
-        self.saver = checkpoint.Saver(self.save_dir, args.checkpoint.keep_last_n_checkpoints, self.control)
+        # A group of its own, as it may save while the training goes on.
+        self.saver = checkpoint.Saver(self.save_dir, args.checkpoint.keep_last_n_checkpoints, dist.new_group(backend="gloo"))
         if self.rank == 0:
             self.loggers = [load_type(config.type)(**config.args) for config in args.log]
             for log in self.loggers:
