@@ -102,7 +102,12 @@ class Trainer:
             backend = "cpu:gloo,cuda:nccl"
         ours = not dist.is_initialized()  # a caller may bring its own
         if ours and "RANK" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+                # torchrun keeps the store over a restart, with the addresses of the ranks that died in it. (On several nodes the
+                # count may differ between them: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a new store there.)
+                store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         elif ours:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
