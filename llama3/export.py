@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": torch.float32}
 
 
@@ -37,7 +39,8 @@ def export_hf(
                 file.add(name, tensor.to(DTYPES[dtype]))
             file.finish()
         hf_config = model_config(config)
-        hf_config.architectures, hf_config.use_cache, hf_config.dtype = ["LlamaForCausalLM"], True, DTYPES[dtype]
+        hf_config.architectures, hf_config.use_cache = ["LlamaForCausalLM"], True
+        setattr(hf_config, DTYPE, DTYPES[dtype])
         hf_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         generation_config(hf_config, tokenizer).save_pretrained(temporary)
@@ -66,7 +69,7 @@ def generation_config(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -
 def load_model(source: Path | dict, tensors: Iterable[tuple[str, torch.Tensor]] | None, dtype: str) -> LlamaForCausalLM:
     """transformers' model from its folder, or from a configuration and named tensors."""
     if tensors is None:
-        return LlamaForCausalLM.from_pretrained(source, dtype=DTYPES[dtype]).eval()
+        return LlamaForCausalLM.from_pretrained(source, **{DTYPE: DTYPES[dtype]}).eval()
     config = model_config(source)
     config.use_cache = True
     with torch.device("meta"):

@@ -72,6 +72,7 @@ class Llama(nn.Module):
 
     name_prefix = "model."  # ours, in front of the Hugging Face names
     layer_class = LlamaDecoderLayer
+    for_tracing = "llama3.traced.TracedLlama"
 
     def __init__(self, model_id: str, from_scratch: bool = False, num_hidden_layers: int | None = None, seed: int = 0):
         super().__init__()

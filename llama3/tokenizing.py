@@ -50,13 +50,12 @@ class Encoder:
     def __init__(self, tokenizer, join_tokens: int = 0):
         self.tokenizer = tokenizer
         self.join_tokens = join_tokens  # rows are sentences: join consecutive ones to documents of at least so many tokens
-        self.backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.prefix = whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)]  # <|begin_of_text|>, if any
         self.separator = [document_separator(tokenizer)]
-        self.backend.encode_special_tokens = True  # special strings in text are text
         self.control = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_names = list(self.control)
         longest_first = sorted(self.control_names, key=len, reverse=True)
@@ -65,6 +64,7 @@ class Encoder:
         self.is_control = np.zeros(max([len(tokenizer), *(ids + 1)]), bool)
         self.is_control[ids] = True
         self.chat_checked = False
+        self.tiktoken = as_tiktoken(self.backend)
 
     def encode(self, stream: Iterator[Document], bad: list[str]) -> Iterator[Batch]:
         """Batches of about ENCODE_BYTES of text; conversations that cannot be rendered are appended to `bad`."""
@@ -108,11 +108,11 @@ class Encoder:
         """Pieces of text, with whether each starts and ends a document."""
         prefix, separator = ([], []) if self.join_tokens else (self.prefix, self.separator)
         ids, bounds, control = [], [0], 0
-        encodings = self.backend.encode_batch_fast([text for text, _, _ in texts], add_special_tokens=False)
-        for encoding, (_, starts, ends) in zip(encodings, texts, strict=True):  # a list grows faster than arrays are joined
+        encoded = self._encode([text for text, _, _ in texts])
+        for text_ids, (_, starts, ends) in zip(encoded, texts, strict=True):  # a list grows faster than arrays are joined
             if starts:
                 ids += prefix
-            ids += encoding.ids
+            ids += text_ids
             if ends:
                 ids += separator
             bounds.append(len(ids))
@@ -123,13 +123,26 @@ class Encoder:
     def _encode_chats(self, chats: list[list[tuple]]) -> Batch:
         """Conversations, each in its segments."""
         segments = [segment for chat in chats for segment in chat]
-        encoded = iter(self.backend.encode_batch_fast([text for text, _ in segments if isinstance(text, str)], add_special_tokens=False))
-        parts = [next(encoded).ids if isinstance(text, str) else [text] for text, _ in segments]
+        encoded = iter(self._encode([text for text, _ in segments if isinstance(text, str)]))
+        parts = [next(encoded) if isinstance(text, str) else [text] for text, _ in segments]
         lengths = np.array([len(part) for part in parts])
         ids = self._checked([index for part in parts for index in part], sum(not isinstance(text, str) for text, _ in segments))
         mask = np.repeat(np.array([target for _, target in segments], np.uint8), lengths)
         chat_lengths = np.add.reduceat(lengths, np.cumsum([0] + [len(chat) for chat in chats[:-1]]))
         return Batch(ids, mask, chat_lengths, np.ones(len(chats), bool))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text: by tiktoken where it can and agrees on a sample of the batch, else by the tokenizer itself."""
+        self.backend.encode_special_tokens = True  # special strings in text are text; transformers sets it back for itself
+        if self.tiktoken:
+            try:
+                sample = max(texts, key=len)[:1000]
+                if self.tiktoken.encode_ordinary(sample) == self.backend.encode(sample, add_special_tokens=False).ids:
+                    return [self.tiktoken.encode_ordinary(text) for text in texts]
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # its regular expressions end so on very long runs of spaces
+                    raise
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _count_control(self, ids: list[int] | np.ndarray) -> int:
         return np.count_nonzero(self.is_control[ids])
@@ -211,6 +224,36 @@ class Encoder:
                     full, held, count = held, [], 0
         if full or held:
             yield document(full + held)
+
+
+def as_tiktoken(backend):
+    """The same tokenizer in tiktoken, which is five times as fast, or None if it is not of the kind that Llama 3's is.
+
+    That is byte-level BPE which takes whole words first and merges in the order of the ids, cut into words by one regular expression.
+    """
+    facts = json.loads(backend.to_str())
+    model, cutting = facts["model"], (facts["pre_tokenizer"] or {}).get("pretokenizers", [])
+    kinds = [step["type"] for step in cutting]
+    if facts["normalizer"] or not model.get("ignore_merges") or kinds != ["Split", "ByteLevel"] or "Regex" not in cutting[0]["pattern"]:
+        return None
+    if cutting[0]["behavior"] != "Isolated" or cutting[0]["invert"] or cutting[1]["use_regex"] or cutting[1]["add_prefix_space"]:
+        return None
+    if not all(token["special"] for token in facts["added_tokens"]):
+        return None
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    bytes_of = {chr(byte): byte for byte in printable}  # how the byte-level alphabet writes them
+    bytes_of |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(printable)))}
+    vocabulary = model["vocab"]
+    merged = [vocabulary["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
+    if merged != sorted(merged) or not set(bytes_of) <= set(vocabulary):
+        return None
+    try:
+        import tiktoken
+
+        ranks = {bytes(map(bytes_of.__getitem__, token)): index for token, index in vocabulary.items()}
+        return tiktoken.Encoding("model's own", pat_str=cutting[0]["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={})
+    except (ImportError, KeyError, ValueError):  # not installed, or not that kind after all
+        return None
 
 
 # ---- parts ----

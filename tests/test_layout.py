@@ -13,6 +13,7 @@ ROOMS = ("llama3", "trainer", "tools")
 # Inside trainer, lower layers know nothing of the ones above them.
 TRAINER_LAYERS = (
     {"args", "sampler", "tensorfile", "devices"},
+    {"foreign"},
     {"hooks", "checkpoint", "planner"},
     {"loggers", "parallel"},
     {"trainer"},

@@ -40,10 +40,13 @@ class TrainableModel(Protocol):
 
     `layer_class`: the repeated layer's class; layers are sharded, recomputed and compiled one by one.
     `name_prefix`: the wrapper's prefix (such as "model."), dropped from parameter names in checkpoints.
+    `for_tracing`: a class of the same parameters and loss that nnScaler's tracer takes in this one's place. Its `whole_functions`
+    are those not to look into: function -> the dims of its tensors, in nnScaler's notation.
     """
 
     layer_class: type
     name_prefix: str
+    for_tracing: TypeOrName
 
     def weight_files(self) -> "dict[str, Path] | None":
         """Checkpoint name of each parameter -> the safetensors file that holds its value; None: train from scratch."""
@@ -464,7 +467,10 @@ class TrainerArgs:
                 return [plain(item) for item in value]
             if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
                 return f"{value.__module__}.{value.__qualname__}"
-            return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+            if value is None or isinstance(value, (bool, int, float, str)):
+                return value
+            # never an object's address: the same on every rank and in every run
+            return str(value) if isinstance(value, Path) else f"{type(value).__module__}.{type(value).__qualname__}"
 
         return plain(self)
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from trainer import foreign
 from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter, file_digest, tensor_bytes
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ class Checkpoint:
         """Reads what describes the checkpoint and checks every file's size; raises CheckpointError where it is not whole."""
         path = Path(path).resolve()
         try:
-            return cls._open_folder(path) if path.is_dir() else cls._open_merged(path)
+            if path.is_dir():
+                return cls._open_shards(path) if foreign.is_shards(path) else cls._open_folder(path)
+            return cls._open_foreign(path) if foreign.is_merged(path) else cls._open_merged(path)
         except (TensorFileError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
 
@@ -121,8 +124,26 @@ class Checkpoint:
         parts = {name: [(reader, Box.whole(shape))] for name, (_, shape) in reader.tensors.items()}
         return cls(path, state, reader.tensors, parts, checksums)
 
+    @classmethod
+    def _open_shards(cls, path: Path) -> "Checkpoint":
+        try:
+            return cls(path, foreign.shards_state(path), {}, {}, {})
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} holds nnScaler's shards of another script ({error}): merge them with it first") from None
+
+    @classmethod
+    def _open_foreign(cls, path: Path) -> "Checkpoint":
+        try:
+            file = foreign.MergedFile(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        tensors = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in file.tensors.items()}
+        return cls(path, file.state, tensors, {name: [(file, Box.whole(shape))] for name, (_, shape) in tensors.items()}, {})
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Checks every `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
+        if not self.tensors:
+            raise CheckpointError(f"{self.path} holds nnScaler's shards: first run `python train.py --merge_checkpoint={self.path}`")
         for name in sorted(self.checksums)[part::parts]:
             where = self.path / name if self.path.is_dir() else f"{self.path}, tensor {name}"
             try:
@@ -184,7 +205,7 @@ def read_manifest(folder: Path) -> dict:
 def candidates(save_dir: Path, which: str) -> list[Path]:
     """Where `last` or `best` may be found, the most wanted first: what the link names, then for `last` every checkpoint, newest first."""
     link = save_dir / which
-    first = [save_dir / link.readlink()] if link.is_symlink() else []
+    first = [save_dir / link.readlink()] if link.is_symlink() else [link] if foreign.is_shards(link) else []
     # A save killed between its two renames left the checkpoint that it was to replace under another name.
     first += [path.with_name(f".replaced-{path.name}") for path in first]
     others = [path for path in checkpoints(save_dir) if path not in first] if which == "last" else []
@@ -365,6 +386,10 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
 
     What is written is what `state` and every tensor hold, each tensor with its checksum: one portable file.
     """
+    if foreign.is_shards(Path(source)):
+        with temporary_sibling(Path(out_file)) as temporary:
+            foreign.merge(Path(source), temporary)
+        return Path(out_file)
     checkpoint, out_file = Checkpoint.open(source), Path(out_file)
     checkpoint.verify()
     placeholders = json.dumps({name: f"{index:032x}" for index, name in enumerate(checkpoint.tensors)})

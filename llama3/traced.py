@@ -1,0 +1,51 @@
+"""Llama in the form that nnScaler's tracer takes: one path, and the two functions it cannot look into kept whole."""
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama3.loss import IGNORED, chunked_cross_entropy
+from llama3.model import Llama, packed_attention
+
+
+def document_attention(query, key, value, positions, scaling=None):
+    """As packed_attention, but the documents come as positions (B, 1, 1, T) that restart at 0 with each of them.
+
+    Unlike document boundaries they have the same shape in every batch, and any values of them are valid: the tracer's profiler calls
+    this with random ones.
+    """
+    B, T = query.shape[0], query.shape[2]
+    starts = positions.reshape(B, T) == 0
+    starts[:, 0] = True
+    end = torch.tensor([B * T], device=starts.device)
+    cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), end]).to(torch.int32)
+    return packed_attention(None, query, key, value, scaling=scaling, cu_seqlens=cu_seqlens)[0].contiguous()
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, **_):
+    return document_attention(query, key, value, attention_mask, scaling=scaling), None
+
+
+ALL_ATTENTION_FUNCTIONS["documents"] = _attend
+
+
+class TracedLlama(Llama):
+    """The same parameters and the same loss as Llama's."""
+
+    # Functions to keep whole -> the dims of their tensors, in nnScaler's notation ("^": never to be split).
+    whole_functions = {
+        document_attention: "b n^ t^ h^, b k^ t^ h^, b k^ t^ h^, b 1 1 t^ -> b t^ n^ h^",
+        chunked_cross_entropy: "b^ t^ d^, v^ d^, b^ t^ -> 1",
+    }
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.model.config._attn_implementation = "documents"
+
+    def forward(self, batch):
+        positions = batch["position_ids"]
+        # A mask of four dims is handed to the attention function as it is: this one is always passed, and costs B * T integers.
+        hidden = self.model.model(
+            input_ids=batch["input_ids"], attention_mask=positions[:, None, None, :], position_ids=positions, use_cache=False
+        ).last_hidden_state
+        loss_sum = self.model.lm_head(hidden, batch["labels"])
+        return loss_sum, loss_sum.detach(), (batch["labels"] != IGNORED).sum()
