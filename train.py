@@ -23,7 +23,7 @@ logger = logging.getLogger("train")
 
 # ---------------------------------------------------------------- flags
 
-MODES = ("prepare_data", "merge_checkpoint", "export_hf", "evaluate", "generate")
+MODES = ("prepare_data", "merge_checkpoint", "export_hf", "evaluate", "generate", "verify_resume")
 UNSET = None  # the default is worked out from other flags
 
 # name: (default, how argparse reads it, help)
@@ -60,6 +60,7 @@ FLAGS = {
     "output_path": (UNSET, {}, "where --merge_checkpoint or --export_hf writes"),
     "export_dtype": (UNSET, {"choices": ["bf16", "fp32"]}, "default: the training precision"),
     "max_new_tokens": (64, {"type": int}, "length of --generate's sample"),
+    "world_size": (UNSET, {"type": int}, "ranks for --verify_resume; default: the CUDA devices here, or 2"),
     "engine": ("auto", {"choices": ["auto", "nnscaler", "native"]}, "auto: nnscaler where it is installed and CUDA is there"),
     "pas_policy": ("autodist", {"choices": ["autodist", "dp"]}, "how the engine plans the parallelism; all of it is data parallel"),
     "recompute": ("auto", {}, "none, full, or how many layers compute their activations again; auto: full on CUDA, none on a CPU"),
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_argument("--export_hf", nargs="?", const="", metavar="PATH", help="a Hugging Face folder; default: from <save_dir>/last")
     modes.add_argument("--evaluate", action="store_true", help="validation loss of the model, or of --resume_from")
     modes.add_argument("--generate", metavar="PROMPT", help="a sample of text from the model, or from --resume_from")
+    modes.add_argument("--verify_resume", action="store_true", help="train, kill, resume and compare bit for bit, with these flags")
     preset = parser.add_argument_group("presets: sets of defaults, an explicit flag beside one wins")
     preset.add_argument("--demo", action="store_true", help="real weights and text on a laptop's CPU, without a network")
     preset.add_argument("--mini", action="store_true", help="--from_scratch --num_hidden_layers=4 --max_seq_len=4096")
@@ -392,6 +394,25 @@ def generate(args) -> None:
     print(generate_text(model, tokenizer, args.generate, args.max_new_tokens, args.seed))
 
 
+def verify_resume(args) -> None:
+    """Exit code 1 where a killed and resumed run differs from an undisturbed one."""
+    import torch
+
+    from tools.verify_resume import verify
+
+    if args.resume_from:
+        raise ValueError("--verify_resume starts fresh runs of its own: leave --resume_from out")
+    own = ("verify_resume", "save_dir", "log_dir", "max_train_steps", "save_every_n_train_steps", "deterministic", "world_size")
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in args.given.items() if name not in own]
+    ranks = args.world_size or torch.cuda.device_count() or 2
+    steps = args.given.get("max_train_steps", 20)
+    folder = Path(f"{args.save_dir.rstrip('/')}.verify")
+    difference = verify(Path(__file__).resolve(), flags, folder, ranks, steps)
+    if difference:
+        raise SystemExit(complain(f"resume is NOT exact: {difference}. Both runs are in {folder}", 1))
+    print(f"resume is exact: {steps} steps on {ranks} ranks, losses and weights equal to the last bit")
+
+
 def existing(path: str, flag: str) -> Path:
     if not Path(path).exists():
         raise ValueError(f"{flag}: there is no {path}: train first, or name a checkpoint")
@@ -414,8 +435,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(argv)
         if args.mode not in ("train", "evaluate") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"--{args.mode} runs in one process: start it with python instead of torchrun")
-        modes = dict(prepare_data=prepare, merge_checkpoint=merge, export_hf=export, evaluate=evaluate, generate=generate, train=train)
-        modes[args.mode](args)
+        {
+            "prepare_data": prepare,
+            "train": train,
+            "evaluate": evaluate,
+            "merge_checkpoint": merge,
+            "export_hf": export,
+            "generate": generate,
+            "verify_resume": verify_resume,
+        }[args.mode](args)
         return 0
     except ValueError as error:
         logger.debug("where it came from:", exc_info=True)

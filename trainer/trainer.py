@@ -349,7 +349,7 @@ class Trainer:
         best = False
         if val_due and self.val_set is not None and not stop:
             val_loss = self._validate_and_log()
-            best = state.best_val_loss is None or val_loss < state.best_val_loss
+            best = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
             if best and save_due:
                 state.best_val_loss = val_loss
         if (save_due or save or stop) and not every.no_save:
