@@ -1,0 +1,90 @@
+"""Saving, loading, merging and exporting beside `cp` of the same bytes: python benchmarks/checkpoint.py [--gib 1.5] [--repeats 5]
+
+One process, one rank, a model of plain matrices with Adam's two moments. Times are medians of interleaved repeats; the ratio is
+cp's time over ours (above 1: faster than cp). `cp` leaves its bytes in the page cache; ours are on the disk when it returns, so that
+`cp, then sync` is the fair figure and `cp` alone the hard one.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainer import checkpoint  # noqa: E402
+from trainer.checkpoint import Checkpoint, Piece, Saver  # noqa: E402
+from trainer.tensorfile import Box, TensorFileWriter  # noqa: E402
+
+
+def seconds(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def copy(source: Path, target: Path, sync: bool) -> None:
+    subprocess.run(["cp", "-rL", source, target], check=True)
+    if sync:
+        subprocess.run(["sync", "-f", target], check=True)
+
+
+def export(source: Path, target: Path) -> None:
+    opened = Checkpoint.open(source)
+    opened.verify()
+    specs = {name: (torch.bfloat16, shape) for name, (_, shape) in opened.tensors.items() if name.startswith("model.")}
+    with TensorFileWriter(target, specs, {}) as writer:
+        for name in specs:
+            writer.add(name, opened.read(name).to(torch.bfloat16))
+        writer.finish()
+
+
+def main(gib: float, repeats: int, folder: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    matrices = max(1, round(gib * 2**30 / (3 * 4 * 2048 * 4096)))
+    names = [f"{kind}.{index}{end}" for index in range(matrices) for kind, end in (("model", ""), *(("optimizer", e) for e in (".m", ".v")))]
+    pieces = [Piece(name, (2048, 4096), Box.whole((2048, 4096)), torch.randn(2048, 4096)) for name in names]
+    size = sum(piece.data.numel() * 4 for piece in pieces)
+    saver = Saver(folder / "ckpt", 1, dist.new_group(backend="gloo"))
+    last, merged, exported, copied = folder / "ckpt" / "last", folder / "merged.ckpt", folder / "exported", folder / "copied"
+    state = {"step": 1, "world_size": 1}
+    found: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        took = {"save": seconds(lambda: saver.save("0000-0001", pieces, state, ("last",)))}
+        saver.save("0000-0001", pieces, state, ("last",), in_background=True)
+        took["save in the background, blocked"] = saver.blocked_seconds
+        saver.wait()
+        took["save in the background, total"] = saver.total_seconds
+        took["load and verify"] = seconds(lambda: [Checkpoint.open(last).verify(), *map(Checkpoint.open(last).read, names)])
+        took["merge"] = seconds(lambda: checkpoint.merge(last, merged))
+        took["export in bf16"] = seconds(lambda: export(last, exported))
+        took["cp"] = seconds(lambda: copy(last, copied, sync=False))
+        shutil.rmtree(copied)
+        took["cp, then sync"] = seconds(lambda: copy(last, copied, sync=True))
+        shutil.rmtree(copied)
+        for name, value in took.items():
+            found.setdefault(name, []).append(value)
+    dist.destroy_process_group()
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    print(f"{size / 2**30:.2f} GiB in {len(pieces)} tensors, {repeats} repeats, in {folder}")
+    print(f"{'':36}{'seconds':>9}{'GiB/s':>8}{'of cp':>8}{'of cp + sync':>14}")
+    for name, value in medians.items():
+        ratios = [medians[reference] / value for reference in ("cp", "cp, then sync")]
+        print(f"{name:36}{value:9.3f}{size / 2**30 / value:8.2f}{ratios[0]:8.2f}{ratios[1]:14.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.5, help="bytes of weights and optimizer together")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: a temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        main(options.gib, options.repeats, Path(scratch))
