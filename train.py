@@ -246,6 +246,7 @@ def build_trainer(args):
         **batch_sizes(args, resumed),
         max_train_steps=args.max_train_steps,
         val_every_n_train_steps=args.val_every_n_train_steps,
+        val_every_n_epochs=None,
         log_progress_every_n_train_steps=1,
         seed=args.seed,
     )

@@ -4,6 +4,7 @@ Every byte of what `prepare` leaves follows from the source, the tokenizer and t
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import datasets
 import numpy as np
 import torch
 import xxhash
-from filelock import FileLock, Timeout
 
 from llama3.assets import document_separator
 
@@ -57,17 +57,12 @@ def prepare(
         seed=seed,
         text_column=text_column,
     )
-    if _already_prepared(target, settings):
-        return target
     work = target.with_name(target.name + ".preparing")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{work} cannot be made ({error}): choose another --dataset_path") from error
-    with _only_one(work):
-        if not _already_prepared(target, settings):  # else another process did it while this one waited
-            _prepare_alone(source, tokenizer, target, work, settings, skip_bad_samples, num_proc or _cores())
-        shutil.rmtree(work, ignore_errors=True)
+    if work.exists() or not _already_prepared(target, settings):
+        with _only_one(work):
+            if not _already_prepared(target, settings):  # else another process did it while this one waited
+                _prepare_alone(source, tokenizer, target, work, settings, skip_bad_samples, num_proc or _cores())
+            shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -144,8 +139,8 @@ def _prepare_alone(source, tokenizer, target: Path, work: Path, settings: dict, 
 
     source.open()
     key = _hash([settings, source.identity or source.rows._fingerprint, datasets.__version__])
-    for stale in work.iterdir():
-        if stale.is_dir() and stale.name != key:
+    for stale in work.iterdir():  # of other settings
+        if stale.name != key:
             shutil.rmtree(stale)
     folder = work / key
     encoder = Encoder(tokenizer, settings["max_seq_len"] if source.joins_rows else 0)
@@ -153,7 +148,8 @@ def _prepare_alone(source, tokenizer, target: Path, work: Path, settings: dict, 
     bad = sum(part["bad"] for part in parts)
     if bad and not skip_bad_samples:
         examples = "\n  ".join([example for part in parts for example in part["bad_examples"]][:5])
-        raise DataError(f"{source.dataset_id} has {bad} bad samples:\n  {examples}\nMend them, or leave them out with --skip_bad_samples.")
+        what = f"{bad} bad sample{'s' * (bad > 1)}"
+        raise DataError(f"{source.dataset_id} has {what}:\n  {examples}\nMend or remove them, or leave them out with --skip_bad_samples.")
     result = folder / "result"
     shutil.rmtree(result, ignore_errors=True)
     facts = dict(
@@ -249,14 +245,21 @@ def _cores() -> int:
 
 @contextlib.contextmanager
 def _only_one(work: Path):
-    """Wait for another process that prepares the same folder; the kernel releases the lock of one that dies."""
-    lock = FileLock(work / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another process is preparing in {work}: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    """Make the folder `work` and lock it, waiting for another process that has it; the kernel frees what a dead one held."""
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            handle = os.open(work, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{work} cannot be made ({error}): choose another --dataset_path") from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is preparing in {work}: waiting for it")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if work.exists() and os.path.samestat(os.fstat(handle), work.stat()):  # not removed by the one that was done
+                yield
+                return
+        finally:
+            os.close(handle)

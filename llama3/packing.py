@@ -9,6 +9,8 @@ import xxhash
 
 from llama3.tokenizing import Batch, list_array, read_parts
 
+SHARD_BYTES = 500 << 20  # of a saved split's files, about
+
 
 class PackingError(ValueError):
     """Too little text."""
@@ -39,7 +41,9 @@ def pack(folder: Path, parts: list[dict], result: Path, settings: dict, key: str
         rows[split]._fingerprint = xxhash.xxh3_64_hexdigest(f"{key}-{split}".encode())  # else it would depend on the time
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    datasets.DatasetDict(rows).save_to_disk(str(result))
+    # the count is given, as none is the default for an empty split, which then could not be read
+    shards = {split: max(1, min(packer.samples, packer.path.stat().st_size // SHARD_BYTES)) for split, packer in packers.items()}
+    datasets.DatasetDict(rows).save_to_disk(str(result), num_shards=shards)
     if not quiet:
         datasets.enable_progress_bars()
     return dict(

@@ -182,7 +182,8 @@ class _Args(trainer_args.TrainerArgs):
     def _code_key(self) -> str:
         """Names the folder of generated code after everything that determines it, the weights baked into it among them."""
         model = self.model_type(**self.ours.model.args)
-        batch = next(iter(self.create_dataloader("train")))
+        collate = load_type(self.ours.dataloader.train_args.get("collate_fn")) or torch.utils.data.default_collate
+        batch = collate([self.sets["train"][index] for index in range(self.micro_batch_size)])  # the same on every rank
         classes = [cls for cls in self.model_type.__mro__ if not cls.__module__.startswith(("torch", "builtins"))]
         sources = {inspect.getsourcefile(item) for item in (*classes, *getattr(model, "whole_functions", {}), _Args)}
         files = (model.weight_files() if hasattr(model, "weight_files") else None) or {}
@@ -398,9 +399,11 @@ class _Bookkeeper(train_hook.TrainHook):
         if ended and ours.lr_scheduler and ours.lr_scheduler.interval == "epoch":
             trainer.lr_scheduler.step()
         step_stat = nnscaler_trainer._StepStat(train_loss=aggregated.loss_sum / max(1, aggregated.num_tokens or aggregated.num_batches))
-        every = ours.checkpoint.every_n_epochs
-        if (ended and every and self._epoch(self.samples) % every == 0 or self.stop) and not last:
+        epochs, save, validate = self._epoch(self.samples), ours.checkpoint.every_n_epochs, ours.val_every_n_epochs
+        if (ended and save and epochs % save == 0 or self.stop) and not last:
             trainer._validate_and_save(step_stat)
+        elif ended and validate and epochs % validate == 0 and not last and trainer.dataloader["val"] is not None:
+            trainer._validate(step_stat)
         if self.stop and not last:
             logger.info("SIGTERM: saved step %d and stopping; --resume_from=last goes on", trainer.train_status.finished_train_steps)
             self.loggers.finalize()

@@ -345,7 +345,12 @@ class Trainer:
             or bool(every.every_n_train_steps and state.step % every.every_n_train_steps == 0)
             or bool(epoch_ended and every.every_n_epochs and (epoch + 1) % every.every_n_epochs == 0)
         )
-        val_due = save_due or last or bool(args.val_every_n_train_steps and state.step % args.val_every_n_train_steps == 0)
+        val_due = (
+            save_due
+            or last
+            or bool(args.val_every_n_train_steps and state.step % args.val_every_n_train_steps == 0)
+            or bool(epoch_ended and args.val_every_n_epochs and (epoch + 1) % args.val_every_n_epochs == 0)
+        )
         best = False
         if val_due and self.val_set is not None and not stop:
             val_loss = self._validate_and_log()
@@ -474,16 +479,18 @@ class Trainer:
 
     def _loader(self, dataset, sampler, loader_args: dict) -> DataLoader:
         options = {key: value for key, value in loader_args.items() if key not in ("collate_fn", "drop_last")}
+        options["generator"] = torch.Generator()  # the global one must not depend on how often a loader was started
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=_CollateOrNone(self.collate), **options)
 
     def _to_device(self, batch):
-        if self.device.type == "cpu" or batch is None:
-            return batch
         if isinstance(batch, dict):
             return {key: self._to_device(value) for key, value in batch.items()}
         if isinstance(batch, (list, tuple)):
             return type(batch)(self._to_device(value) for value in batch)
-        return batch.to(self.device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+        if not isinstance(batch, torch.Tensor):
+            return batch
+        half = self.train_args.precision["input"] == "bf16" and batch.is_floating_point()
+        return batch.to(self.device, torch.bfloat16 if half else batch.dtype, non_blocking=True)
 
     def _epoch(self, samples: int) -> int:
         return samples // len(self.train_set)
