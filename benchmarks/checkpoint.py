@@ -49,7 +49,9 @@ def export(source: Path, target: Path) -> None:
 def main(gib: float, repeats: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     matrices = max(1, round(gib * 2**30 / (3 * 4 * 2048 * 4096)))
-    names = [f"{kind}.{index}{end}" for index in range(matrices) for kind, end in (("model", ""), *(("optimizer", e) for e in (".m", ".v")))]
+    names = [
+        f"{kind}.{index}{end}" for index in range(matrices) for kind, end in (("model", ""), *(("optimizer", e) for e in (".m", ".v")))
+    ]
     pieces = [Piece(name, (2048, 4096), Box.whole((2048, 4096)), torch.randn(2048, 4096)) for name in names]
     size = sum(piece.data.numel() * 4 for piece in pieces)
     saver = Saver(folder / "ckpt", 1, dist.new_group(backend="gloo"))

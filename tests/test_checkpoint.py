@@ -290,7 +290,9 @@ def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
         "empty": torch.empty(0, 3),
         "one": torch.tensor(2.0),
     }
-    with TensorFileWriter(tmp_path / "ours", {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, {"k": "v"}) as writer:
+    with TensorFileWriter(
+        tmp_path / "ours", {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, {"k": "v"}, "file"
+    ) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         entry = writer.finish()

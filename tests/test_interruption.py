@@ -55,9 +55,25 @@ def test_killed_more_than_a_hundred_times_a_run_loses_nothing(heavier, tmp_path)
     fuzz(heavier, tmp_path, int(os.environ.get("KILLS", 120)))
 
 
-def launch(ranks, *argv, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+@pytest.fixture
+def launch():
+    """Starts python with these arguments in the background; what still runs after the test is ended."""
+    started = []
+
+    def start(*argv):
+        command = [sys.executable, *map(str, argv)]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        for pid in [*workers(process), process.pid] if process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def on_two_ranks(*argv):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
 
 
 def workers(launcher) -> list[int]:
@@ -82,9 +98,9 @@ def wait_for_step(log_dir, step, launcher, seconds=90):
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "one rank"])
-def test_sigterm_saves_and_stops_at_a_step_of_all_ranks(heavier, tmp_path, whom):
+def test_sigterm_saves_and_stops_at_a_step_of_all_ranks(launch, heavier, tmp_path, whom):
     run = [*heavier, f"--save_dir={tmp_path / 'ckpt'}", f"--log_dir={tmp_path / 'log'}"]
-    launcher = launch(2, "train.py", *run, "--max_train_steps=100000")
+    launcher = launch(*on_two_ranks("train.py", *run, "--max_train_steps=100000"))
     wait_for_step(tmp_path / "log", 3, launcher)
     if whom == "torchrun":
         launcher.send_signal(signal.SIGTERM)
@@ -103,11 +119,8 @@ def test_sigterm_saves_and_stops_at_a_step_of_all_ranks(heavier, tmp_path, whom)
     assert exact(tmp_path / "log") == exact(tmp_path / "whole-log") and same_weights(tmp_path / "ckpt", tmp_path / "whole")
 
 
-def test_a_rank_stopped_by_sigterm_exits_with_143(heavier, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *heavier, "--max_train_steps=100000", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'log'}"],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def test_a_rank_stopped_by_sigterm_exits_with_143(launch, heavier, tmp_path):
+    process = launch("train.py", *heavier, "--max_train_steps=100000", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'log'}")
     wait_for_step(tmp_path / "log", 2, process)
     process.send_signal(signal.SIGUSR1)  # saves, and goes on
     deadline = time.monotonic() + 30
@@ -121,11 +134,10 @@ def test_a_rank_stopped_by_sigterm_exits_with_143(heavier, tmp_path):
     assert Checkpoint.open(tmp_path / "c" / "last").state["step"] > saved
 
 
-def test_torchrun_restarts_carry_on_by_themselves(heavier, tmp_path):
+def test_torchrun_restarts_carry_on_by_themselves(launch, heavier, tmp_path):
     run = [*heavier, "--max_train_steps=30", "--save_every_n_train_steps=4", "--resume_from=last"]
     mine = [f"--save_dir={tmp_path / 'ckpt'}", f"--log_dir={tmp_path / 'log'}"]
-    command = ["--max_restarts=3", "train.py", *run, *mine]
-    launcher = launch(2, *command)
+    launcher = launch(*on_two_ranks("--max_restarts=3", "train.py", *run, *mine))
     wait_for_step(tmp_path / "log", 6, launcher)
     os.kill(workers(launcher)[1], signal.SIGKILL)
     said = launcher.communicate(timeout=120)[0]

@@ -280,7 +280,7 @@ class Saver:
             file = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
             specs = {piece.name: (piece.data.dtype, tuple(piece.data.shape)) for piece in pieces}
             boxes = json.dumps({piece.name: (piece.shape, piece.box.offsets) for piece in pieces})
-            with TensorFileWriter(temporary / file, specs, {"boxes": boxes, "rng": rng}) as writer:
+            with TensorFileWriter(temporary / file, specs, {"boxes": boxes, "rng": rng}, checksums="file") as writer:
                 for piece in pieces:
                     writer.add(piece.name, piece.data)
                 return file, writer.finish()
@@ -394,7 +394,7 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
     checkpoint.verify()
     placeholders = json.dumps({name: f"{index:032x}" for index, name in enumerate(checkpoint.tensors)})
     metadata = {"state": json.dumps(checkpoint.state), "state_digest": _digest(checkpoint.state), "digests": placeholders}
-    with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata) as writer:
+    with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer:
         for name in checkpoint.tensors:
             writer.add(name, checkpoint.read(name))
         # Inside the header both are JSON texts in a JSON text.

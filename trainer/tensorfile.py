@@ -118,9 +118,14 @@ class TensorFileReader:
 
 
 class TensorFileWriter:
-    """Writes one safetensors file tensor by tensor, in the order of `specs`: name -> (dtype, shape)."""
+    """Writes one safetensors file tensor by tensor, in the order of `specs`: name -> (dtype, shape).
 
-    def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+    checksums: of the whole "file" (finish returns it), of each of the "tensors" (left in `digests`), or None.
+    """
+
+    def __init__(
+        self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str], checksums: str | None = None
+    ):
         header, offset = {"__metadata__": {"format": "pt", **metadata}}, 0
         for name, (dtype, shape) in specs.items():
             size = math.prod(shape) * dtype.itemsize
@@ -129,8 +134,9 @@ class TensorFileWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self.size = 8 + len(encoded) + offset
-        self.digests: dict[str, str] = {}  # of each tensor's bytes
-        self._header, self._specs, self._hash = encoded, specs, xxhash.xxh3_128()
+        self.digests: dict[str, str] = {}
+        self._header, self._specs = encoded, specs
+        self._checksums, self._hash = checksums, xxhash.xxh3_128()
         self._remaining = iter(specs)
         self._file = open(path, "wb", buffering=0)
         self._put(struct.pack("<Q", len(encoded)) + encoded)
@@ -145,14 +151,16 @@ class TensorFileWriter:
         view = memoryview(data)
         while view:
             written = self._file.write(view[:CHUNK_BYTES])
-            self._hash.update(view[:written])
+            if self._checksums == "file":
+                self._hash.update(view[:written])
             view = view[written:]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         assert name == next(self._remaining) and self._specs[name] == (tensor.dtype, tuple(tensor.shape)), name
         data = tensor_bytes(tensor)
         self._put(data)
-        self.digests[name] = xxhash.xxh3_128_hexdigest(data)
+        if self._checksums == "tensors":
+            self.digests[name] = xxhash.xxh3_128_hexdigest(data)
 
     def replace_in_header(self, old: str, new: str) -> None:
         """Puts in what was not known at the start, over a placeholder of the same length."""
@@ -161,7 +169,7 @@ class TensorFileWriter:
         os.pwrite(self._file.fileno(), header, 8)
 
     def finish(self) -> dict:
-        """Flushes everything to disk; returns the file's size and checksum as it was written, header replacements aside."""
+        """Flushes everything to disk; returns the file's size and checksum."""
         assert next(self._remaining, None) is None, "every tensor of the specs is added"
         os.fsync(self._file.fileno())
         self._file.close()
