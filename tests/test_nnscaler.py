@@ -93,6 +93,7 @@ def test_both_engines_have_the_same_losses(runs, ranks):
     assert_close(theirs, ours)
 
 
+@pytest.mark.slow
 def test_autodist_with_recompute_has_the_same_losses(runs):
     theirs = runs.nnscaler("autodist", 2, "--pas_policy=autodist", "--recompute=full")
     assert_close(theirs, runs.native("plain", 2))
@@ -142,6 +143,7 @@ def test_exported_weights_move_both_ways(runs, whole):
     assert_close(runs.nnscaler("from-hf", 1, *start), runs.native("from-hf-native", 1, *start))
 
 
+@pytest.mark.slow
 def test_generated_code_is_reused_for_the_same_flags_and_never_for_others(runs):
     few = ["--max_train_steps=1"]
     runs.nnscaler("first", 1, *few)
