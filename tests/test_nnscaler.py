@@ -133,9 +133,9 @@ def test_our_trainer_continues_from_nnscalers_merged_file(runs, whole, ranks):
 
 
 def test_exported_weights_move_both_ways(runs, whole):
-    """nnScaler's weights evaluate the same in ours; ours, exported, start nnScaler where they start ours."""
+    """nnScaler's weights, from its shards, evaluate the same in ours; an export starts nnScaler where it starts ours."""
     hf = runs.folder / "hf"
-    python("train.py", *runs.argv("whole", f"--export_hf={runs.folder / 'merged.ckpt'}", f"--output_path={hf}"))
+    python("train.py", *runs.argv("whole", f"--export_hf={runs.folder / 'half'}", f"--output_path={hf}"))
     said = python("train.py", *runs.argv("whole", "--evaluate", f"--model_id={hf}")).stdout.splitlines()[-1]
     saved = rows(runs.folder / "whole" / "log", "val_loss")[5]["val_loss"]
     assert abs(float(said.split("=")[1].split()[0]) - saved) < 1e-4
