@@ -364,7 +364,7 @@ def export(args) -> None:
     from trainer.checkpoint import Checkpoint
     from trainer.tensorfile import TensorFileWriter
 
-    source = Checkpoint.open(existing(args.export_hf or f"{args.save_dir}/last", "--export_hf"))
+    source = Checkpoint.open_whole(existing(args.export_hf or f"{args.save_dir}/last", "--export_hf"))
     source.verify()
     folder = export_hf(
         folder=Path(args.output_path or Path(args.save_dir) / "hf"),
@@ -385,7 +385,7 @@ def generate(args) -> None:
 
     if args.resume_from:
         found = candidates(Path(args.save_dir), args.resume_from) if args.resume_from in ("last", "best") else []
-        source = Checkpoint.open(found[0] if found else existing(args.resume_from, "--resume_from"))
+        source = Checkpoint.open_whole(found[0] if found else existing(args.resume_from, "--resume_from"))
         source.verify()
         tokenizer = assets.load_tokenizer(args.given.get("tokenizer_id", source.state["tokenizer_id"]))
         model = load_model(source.state["model"], source.parameters(), args.precision)

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,6 +25,9 @@ LLAMA3_CHAT_TEMPLATE = (
 DOCUMENT_SEPARATORS = ("<|end_of_text|>", "<|endoftext|>")
 
 
+RETRY_SECONDS = (1, 2, 4)  # before each new try of a download
+
+
 class AssetError(ValueError):
     """A model, tokenizer or data set that cannot be had; the message says why and what to do."""
 
@@ -39,7 +43,10 @@ def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaCon
         folder = _folder(model_id, ["config.json"])
         if not (folder / "config.json").is_file():
             raise AssetError(f"{folder} is not a model folder: it has no config.json")
-        facts = json.loads((folder / "config.json").read_text())
+        try:
+            facts = json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise AssetError(f"{folder}/config.json cannot be read: {error}") from error
         if facts.get("model_type") != "llama":
             raise AssetError(f"{model_id} is a model of type {facts.get('model_type')!r}; this trains the type 'llama'")
         config = LlamaConfig.from_pretrained(folder)
@@ -118,51 +125,49 @@ def _folder(model_id: str, patterns: list[str]) -> Path:
 
 
 def from_hub(download, repo_id: str, kind: str = "model"):
-    """Return `download()`; what a retry may cure is retried, anything else becomes an AssetError that says what to do."""
-    from huggingface_hub import errors
-
+    """Return `download()`; what a retry may cure is retried, other trouble with the hub becomes an AssetError that says what to do."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
-    for wait_seconds in (1, 2, 4, None):
+    for wait_seconds in (*RETRY_SECONDS, None):
         try:
             return download()
-        except errors.GatedRepoError as error:
-            raise AssetError(
-                f"{repo_id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that account. "
-                "Without access, `python train.py --demo` trains a small open model on packaged text."
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise AssetError(
-                f"there is no {kind} {repo_id} here or on the hub: check the name, or set HF_TOKEN if it is private ({page})"
-            ) from error
         except Exception as error:
-            cause = _hub_trouble(error)
-            if cause is None:
+            trouble = _hub_trouble(error)
+            if trouble is None:
                 raise
-            retry = cause.startswith("the hub answered 429") or cause.startswith("the hub answered 5") or "dropped" in cause
-            if not retry or wait_seconds is None:
-                raise AssetError(
-                    f"{kind} {repo_id} could not be downloaded: {cause}. Try again with a network (a gated one needs its terms accepted "
-                    f"at {page}, and HF_TOKEN set), give a local folder instead, or use --demo, which needs no hub."
-                ) from error
-            time.sleep(wait_seconds)
+            # data sets' client tries again by itself when the hub is busy
+            retry = "dropped" in trouble or (kind == "model" and re.search("answered (429|5)", trouble))
+            if retry and wait_seconds is not None:
+                time.sleep(wait_seconds)
+                continue
+            if trouble == "gated":
+                fix = f"accept its terms at {page}, then set HF_TOKEN to a token of that account"
+                fix += ". Without access, `python train.py --demo` trains a small open model on packaged text"
+            elif trouble == "not on the hub":
+                fix = f"check the name, or set HF_TOKEN if it is private or gated ({page})"
+            else:
+                fix = f"try again with a network (a gated one needs its terms accepted at {page}, and HF_TOKEN set), "
+                fix += "give a local folder or file instead, or use --demo, which needs no hub"
+            raise AssetError(f"{kind} {repo_id} cannot be had, {trouble}: {fix}") from error
 
 
-def _hub_trouble(error: BaseException) -> str | None:
-    """What of the network or the hub lies under `error`, or None if it is not such trouble."""
-    seen = error
-    while seen is not None:
-        status = getattr(getattr(seen, "response", None), "status_code", None)
-        if status is not None:
-            return f"the hub answered {status}"
-        name = type(seen).__name__
-        if name == "OfflineModeIsEnabled":
-            return "HF_HUB_OFFLINE is set"
-        if name in ("RemoteProtocolError", "ReadError", "ChunkedEncodingError", "ReadTimeout"):
-            return f"the connection dropped ({name})"
-        seen = seen.__cause__ or seen.__context__
-    if isinstance(error, (OSError, ConnectionError)) and type(error).__module__.split(".")[0] != "builtins":
-        return "the hub cannot be reached"
-    return "the hub cannot be reached" if isinstance(error, ConnectionError) else None
+def _hub_trouble(error: BaseException | None) -> str | None:
+    """What trouble with the hub or the network lies under `error`, or None."""
+    names, said, statuses = set(), str(error), []
+    while error is not None:
+        names |= {kind.__name__ for kind in type(error).__mro__}
+        statuses.append(getattr(getattr(error, "response", None), "status_code", None))
+        error = error.__cause__ or error.__context__
+    if "GatedRepoError" in names or ("DatasetNotFoundError" in names and "gated" in said):
+        return "gated"
+    if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"}:
+        return "not on the hub"
+    if "OfflineModeIsEnabled" in names or "OfflineMode" in said:
+        return "HF_HUB_OFFLINE is set"
+    if known := [status for status in statuses if status]:
+        return f"the hub answered {known[-1]}"
+    if names & {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError"}:
+        return "the connection dropped"
+    return "the hub cannot be reached" if names & {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"} else None
 
 
 def _package_file(package: str, file: str, requirement: str) -> Path:

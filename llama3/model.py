@@ -96,8 +96,14 @@ class Llama(nn.Module):
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss summed over the batch's valid targets, the same detached, and their number (llama3.data.Collator makes batches)."""
+        positions = batch["position_ids"]
+        # A mask of four dims reaches the attention function as it is; without one, transformers 4 would build one of T x T.
         hidden = self.model.model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], cu_seqlens=batch["cu_seqlens"], use_cache=False
+            input_ids=batch["input_ids"],
+            attention_mask=positions[:, None, None, :],
+            position_ids=positions,
+            cu_seqlens=batch["cu_seqlens"],
+            use_cache=False,
         ).last_hidden_state  # (B, T, D)
         loss_sum = self.model.lm_head(hidden, batch["labels"])
         return loss_sum, loss_sum.detach(), (batch["labels"] != IGNORED).sum()

@@ -25,6 +25,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SAFE_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_]|[^\w\s])")
 # A script data set that datasets 4 and later refuse; its rows are sentences.
 BOOKCORPUS = ("bookcorpus/bookcorpus", "bookcorpus")
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a data set
 
 
 class BadSample(ValueError):
@@ -199,28 +200,31 @@ def _identity(files: list[Path]) -> str:
 def _load_from_hub(dataset_id: str):
     """The train split of a hub data set (owner/name, or owner/name:configuration), memory-mapped."""
     import datasets
+    from huggingface_hub import HfApi
 
     name, _, configuration = dataset_id.partition(":")
 
-    def load(revision):
-        return datasets.load_dataset(name, configuration or None, split="train", revision=revision)
-
-    def load_any():
-        if dataset_id in BOOKCORPUS:
-            return load("refs/convert/parquet")
-        try:
-            return load(None)
-        except (RuntimeError, ValueError) as error:
-            if "script" not in str(error) and "trust_remote_code" not in str(error):
-                raise
-            return load("refs/convert/parquet")  # the hub's own conversion of a script data set
+    def load():
+        if name not in BOOKCORPUS:
+            try:
+                return datasets.load_dataset(name, configuration or None, split="train")
+            except (RuntimeError, ValueError, FileNotFoundError) as error:
+                if not re.search("script|trust_remote_code|data files", str(error)):
+                    raise
+        # a script is not run: the hub has its result, a folder of parquet files for each configuration
+        files = HfApi().list_repo_files(name, repo_type="dataset", revision=CONVERTED)
+        found = sorted({file.split("/")[0] for file in files if file.endswith(".parquet")})
+        chosen = configuration or (found[0] if len(found) == 1 else None)
+        if chosen not in found:
+            raise ValueError(f"choose one of its configurations: {', '.join(found) or 'it has none'}")
+        return datasets.load_dataset(name, data_dir=chosen, split="train", revision=CONVERTED)
 
     try:
-        return from_hub(load_any, name, "dataset")
+        return from_hub(load, name, "dataset")
     except AssetError:
         raise
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise AssetError(f"data set {dataset_id}: {error} (a configuration is named as --dataset_id=owner/name:configuration)") from error
+        raise AssetError(f"dataset {name}: {error} (write a configuration as --dataset_id={name}:CONFIGURATION)") from error
 
 
 def _read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:

@@ -3,7 +3,7 @@
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llama3.loss import IGNORED, chunked_cross_entropy
+from llama3.loss import chunked_cross_entropy
 from llama3.model import Llama, packed_attention
 
 
@@ -40,12 +40,3 @@ class TracedLlama(Llama):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.model.config._attn_implementation = "documents"
-
-    def forward(self, batch):
-        positions = batch["position_ids"]
-        # A mask of four dims is handed to the attention function as it is: this one is always passed, and costs B * T integers.
-        hidden = self.model.model(
-            input_ids=batch["input_ids"], attention_mask=positions[:, None, None, :], position_ids=positions, use_cache=False
-        ).last_hidden_state
-        loss_sum = self.model.lm_head(hidden, batch["labels"])
-        return loss_sum, loss_sum.detach(), (batch["labels"] != IGNORED).sum()

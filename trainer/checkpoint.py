@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import threading
 import time
 import warnings
@@ -130,6 +131,18 @@ class Checkpoint:
             return cls(path, foreign.shards_state(path), {}, {}, {})
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} holds nnScaler's shards of another script ({error}): merge them with it first") from None
+
+    @classmethod
+    def open_whole(cls, path: str | Path) -> "Checkpoint":
+        """As `open`, but nnScaler's shards can be read too: nnScaler merges them into a file that lives as long as the result."""
+        path = Path(path).resolve()
+        if not foreign.is_shards(path):
+            return cls.open(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".merging-") as folder:
+            foreign.merge(path, Path(folder) / "merged.ckpt")
+            checkpoint = cls.open(Path(folder) / "merged.ckpt")
+        checkpoint.path = path
+        return checkpoint
 
     @classmethod
     def _open_foreign(cls, path: Path) -> "Checkpoint":
