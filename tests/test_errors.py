@@ -31,7 +31,7 @@ WRONG = {
     "two presets": (["--mini", "--demo"], ["--mini", "--demo", "exclude"]),
     "no steps": (["--max_train_steps=0"], ["--max_train_steps 0", "at least 1"]),
     "negative learning rate": (["--learning_rate=-1"], ["--learning_rate -1.0", "at least 0"]),
-    "all data for validation": (["--validation_fraction=1"], ["--validation_fraction 1.0", "between"]),
+    "all data for validation": (["--validation_fraction=1"], ["--validation_fraction 1.0", "below 1"]),
     "recompute of nothing known": (["--recompute=some"], ["--recompute some", "full"]),
 }
 

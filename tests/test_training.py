@@ -50,6 +50,8 @@ def runs(flags, prepared, tmp_path_factory):
     scratch = {n: {f"{n}-scratch": case(f"{n}-scratch", "--from_scratch", "--max_train_steps=1")} for n in RANKS}
     more = {
         "2-accumulated": case("2-accumulated", "--micro_batch_size=2", "--max_train_steps=10"),
+        "2-recomputed": case("2-recomputed", "--recompute=full", "--max_train_steps=10"),
+        "2-one-layer": case("2-one-layer", "--recompute=1", "--max_train_steps=10"),
         "2-constant": case("2-constant", "--lr_scheduler=constant", "--max_train_steps=10"),
         "2-five": case("2-five-and-five", "--lr_scheduler=constant", "--max_train_steps=5"),
         "2-and-five": case("2-five-and-five", "--lr_scheduler=constant", "--max_train_steps=10", "--resume_from=last"),
@@ -97,8 +99,8 @@ def piecewise_loss(model, row):
     return total, count
 
 
-def column(run, key):
-    return [row[key] for _, row in sorted(rows(run / "log", key).items())]
+def column(run, key, log="log"):
+    return [row[key] for _, row in sorted(rows(run / log, key).items())]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -112,6 +114,21 @@ def test_losses_and_gradient_norms_match_a_plain_pytorch_loop(runs, reference, r
 
 def test_accumulation_and_micro_batch_change_nothing(runs, reference):
     assert column(runs / "2-accumulated", "train_loss") == pytest.approx(reference[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["recomputed", "one-layer"])
+def test_recomputing_activations_changes_no_bit(runs, how):
+    assert column(runs / f"2-{how}", "train_loss") == column(runs / "2-full", "train_loss")
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses_and_resume_exactly(flags, reference, tmp_path):
+    common = [*flags, *SCHEDULE, "--compile=on", "--deterministic", "--max_train_steps=10"]
+    torchrun(2, "train.py", *common, "--save_every_n_train_steps=5", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}")
+    assert column(tmp_path, "train_loss", "l") == pytest.approx(reference[0], rel=1e-4)
+    middle = next((tmp_path / "c").glob("*-0005"))
+    torchrun(2, "train.py", *common, f"--resume_from={middle}", f"--save_dir={tmp_path / 'c2'}", f"--log_dir={tmp_path / 'l2'}")
+    assert column(tmp_path, "train_loss", "l2") == column(tmp_path, "train_loss", "l")[5:]
 
 
 def test_learning_rate_follows_warmup_and_cosine(runs):
