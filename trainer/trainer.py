@@ -56,6 +56,7 @@ class Trainer:
         self.hooks = hooks.create(train_args.hook)
         self.loggers = []
         self._signals = {signal.SIGTERM: False, signal.SIGUSR1: False}
+        self._step_seconds, self._warned_of_shutdown = 0.0, False
 
     # ------------------------------------------------------------ the run
 
@@ -303,7 +304,7 @@ class Trainer:
             epoch_ended = self._epoch(state.samples) > epoch
             if self.scheduler and (args.lr_scheduler.interval == "step" or epoch_ended):
                 self._step_scheduler(1)
-            seconds = time.perf_counter() - began
+            self._step_seconds = seconds = time.perf_counter() - began
             peak, stop, save = self._agree(peak_memory_gib(self.device), *self._signals.values())
             metrics = {
                 "epoch": epoch,
@@ -540,7 +541,19 @@ class Trainer:
             self._log(costs, "checkpoint")
             if self.rank == 0:
                 logger.info("the save blocked training for %.2f s and took %.2f s", *costs.values())
+                self._warn_of_short_shutdown(self._step_seconds + self.saver.total_seconds)
             self.saver.total_seconds = 0.0
+
+    def _warn_of_short_shutdown(self, seconds: float) -> None:
+        """Said once: torchrun kills its ranks some time after a SIGTERM, whether they have saved or not."""
+        allowed = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+        if seconds > allowed and "TORCHELASTIC_RUN_ID" in os.environ and not self._warned_of_shutdown:
+            self._warned_of_shutdown = True
+            logger.warning(
+                "WARNING: a step and a save take %.0f s, but torchrun kills its ranks %.0f s after a SIGTERM: start it with "
+                "--shutdown_timeout=%d (this is not said if TORCH_ELASTIC_SHUTDOWN_TIMEOUT is set high enough)",
+                seconds, allowed, math.ceil(3 * seconds),
+            )  # fmt: skip
 
     # ------------------------------------------------------------ small things
 
