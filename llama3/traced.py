@@ -10,8 +10,8 @@ from llama3.model import Llama, packed_attention
 def document_attention(query, key, value, positions, scaling=None):
     """As packed_attention, but the documents come as positions (B, 1, 1, T) that restart at 0 with each of them.
 
-    Unlike document boundaries they have the same shape in every batch, and any values of them are valid: the tracer's profiler calls
-    this with random ones.
+    Unlike document boundaries they have the same shape in every batch, and any values of them are valid: nnScaler's profiler calls this
+    with zeros.
     """
     B, T = query.shape[0], query.shape[2]
     starts = positions.reshape(B, T) == 0
