@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -100  # the label of a position that predicts nothing
-LOGITS_PER_CHUNK = 2**26  # 256 MiB of fp32 logits at a time
+LOGITS_PER_CHUNK = 2**26  # 256 MiB in fp32; smaller chunks cost more additions to the weight's gradient
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -22,11 +22,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, N, chunk):
             h, y = hidden[start : start + chunk], labels[start : start + chunk]  # (n, H), (n,)
             logits = F.linear(h, weight).float()  # (n, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-            loss_sum += (log_sum - logits.gather(1, y[:, None])).sum()
+            largest = logits.amax(-1, keepdim=True)  # (n, 1)
+            target = logits.gather(1, y[:, None])
+            exponentials = logits.sub_(largest).exp_()  # in place: the logits are not needed again
+            total = exponentials.sum(-1, keepdim=True)
+            loss_sum += (total.log() + largest - target).sum()
             if needs_grad:
-                grad = logits.sub_(log_sum).exp_()  # the softmax, in place
-                grad.scatter_add_(1, y[:, None], torch.full_like(log_sum, -1.0))
+                grad = exponentials.div_(total)  # the softmax
+                grad.scatter_add_(1, y[:, None], torch.full_like(total, -1.0))
                 grad = grad.to(hidden.dtype)
                 grad_hidden[start : start + chunk] = grad @ weight
                 grad_weight += grad.T @ h
