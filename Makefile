@@ -18,9 +18,9 @@ demo: $(INSTALLED)
 	rm -rf demo/checkpoints demo/log demo/hf
 	$(PY) train.py $(DEMO) --prepare_data
 	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO)
-	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO) --resume_from=last --max_train_steps=18
+	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO) --resume_from=last --max_train_steps=14
 	$(PY) train.py $(DEMO) --merge_checkpoint
-	$(PY) train.py $(DEMO) --resume_from=demo/checkpoints/merged.ckpt --max_train_steps=20
+	$(PY) train.py $(DEMO) --resume_from=demo/checkpoints/merged.ckpt --max_train_steps=16
 	$(PY) train.py $(DEMO) --evaluate --resume_from=last
 	$(PY) train.py $(DEMO) --export_hf --output_path=demo/hf
 	$(PY) train.py $(DEMO) --model_id=demo/hf --generate="My fellow Americans, the state of our union"

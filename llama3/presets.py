@@ -46,7 +46,7 @@ DEMO = dict(
     precision="bf16",
     micro_batch_size=2,
     global_batch_size=8,
-    learning_rate=1e-4,
-    warmup_steps=5,
-    max_train_steps=16,
+    learning_rate=2e-4,
+    warmup_steps=4,
+    max_train_steps=12,
 )
