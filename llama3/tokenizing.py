@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from llama3.assets import document_separator
-from llama3.sources import Bad, BadSample, Chunk, Document, Source, documents, split_long
+from llama3.sources import BadSample, Chunk, Document, Source, documents, split_long
 
 ENCODE_BYTES = 1 << 18  # of text given to the tokenizer at once
 KEY_TOKENS = 4096  # documents equal in their first so many tokens fall into the same split
@@ -332,9 +332,9 @@ def _tokenize_chunk(index: int, chunk: Chunk) -> dict:
 
     def usable() -> Iterator[Document]:
         for document in documents(chunk, _worker["text_column"]):
-            if isinstance(document, Bad):
-                bad.append(f"{document.where}: {document.reason}")
-            elif document is None:
+            if isinstance(document.content, BadSample):
+                bad.append(f"{document.where}: {document.content}")
+            elif document.content is None:
                 facts["empty"] += 1
             else:
                 yield document
