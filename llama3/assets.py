@@ -25,6 +25,11 @@ LLAMA3_CHAT_TEMPLATE = (
 DOCUMENT_SEPARATORS = ("<|end_of_text|>", "<|endoftext|>")
 
 
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    **{f"attn_{theirs}": f"self_attn.{ours}_proj" for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("output", "o"))},
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}  # fmt: skip
 RETRY_SECONDS = (1, 2, 4)  # before each new try of a download
 
 
@@ -165,7 +170,7 @@ def _hub_trouble(error: BaseException | None) -> str | None:
         return "HF_HUB_OFFLINE is set"
     if known := [status for status in statuses if status]:
         return f"the hub answered {known[-1]}"
-    if names & {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError"}:
+    if names & {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "RemoteDisconnected"}:
         return "the connection dropped"
     return "the hub cannot be reached" if names & {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"} else None
 
@@ -303,19 +308,8 @@ def _half_rotation_rows(weight, heads: int):
 
 def _hugging_face_name(gguf_name: str) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    inner = {
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    parts = gguf_name.split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{inner[parts[2]]}.{parts[3]}"
-    return f"{outer[parts[0]]}.{parts[1]}"
+    if gguf_name.startswith("blk."):
+        _, layer, name, kind = gguf_name.split(".")
+        return f"model.layers.{layer}.{GGUF_NAMES[name]}.{kind}"
+    name, kind = gguf_name.split(".")
+    return f"{GGUF_NAMES[name]}.{kind}"

@@ -1,15 +1,17 @@
 """Parts of tokenized documents -> a training and a validation split of samples of equal length."""
 
+import json
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import xxhash
+from datasets.table import InMemoryTable
 
 from llama3.tokenizing import Batch, list_array, read_parts
 
-SHARD_BYTES = 500 << 20  # of a saved split's files, about
+FILE_BYTES = 500 << 20  # of a saved split's files, about
 
 
 class PackingError(ValueError):
@@ -27,25 +29,22 @@ def pack(folder: Path, parts: list[dict], result: Path, settings: dict, key: str
         )
     threshold, histogram = _split_threshold(folder, parts, settings, total_documents, total_tokens)
     masked = any(part["masked"] for part in parts)
-    packers = {split: _Packer(folder / f"{split}.arrow", T, masked) for split in ("train", "validation")}
+    packers = {split: _Packer(result / split, T, masked) for split in ("train", "validation")}
     held_out = np.zeros(1, bool)  # is the document that goes on held out?
     for batch, keys in read_parts(folder / "parts", parts):
         held_out = np.append(held_out[-1:], _mixed(keys[batch.starts], settings["seed"]) <= threshold)
         piece_held_out = held_out[np.cumsum(batch.starts)]  # 0: of the document that goes on
         packers["train"].add(batch, ~piece_held_out)
         packers["validation"].add(batch, piece_held_out)
-    rows = {}
-    for split, packer in packers.items():
-        packer.close()
-        rows[split] = datasets.Dataset.from_file(str(packer.path), split=datasets.NamedSplit(split))
-        rows[split]._fingerprint = xxhash.xxh3_64_hexdigest(f"{key}-{split}".encode())  # else it would depend on the time
+    empty = InMemoryTable(packers["train"].schema.empty_table())
+    rows = {split: datasets.Dataset(empty, split=datasets.NamedSplit(split), fingerprint=_fingerprint(key, split)) for split in packers}
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    # the count is given, as none is the default for an empty split, which then could not be read
-    shards = {split: max(1, min(packer.samples, packer.path.stat().st_size // SHARD_BYTES)) for split, packer in packers.items()}
-    datasets.DatasetDict(rows).save_to_disk(str(result), num_shards=shards)
+    datasets.DatasetDict(rows).save_to_disk(str(result), num_shards=dict.fromkeys(rows, 1))
     if not quiet:
         datasets.enable_progress_bars()
+    for packer in packers.values():
+        packer.close()
     return dict(
         documents={split: packer.documents for split, packer in packers.items()},
         samples={split: packer.samples for split, packer in packers.items()},
@@ -111,14 +110,17 @@ def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
 
 
 class _Packer:
-    """Documents end to end, cut every T tokens, into an Arrow stream; what does not fill a last row stays in `length`."""
+    """Documents end to end, cut every T tokens, into the Arrow files of a saved Dataset; `length` is what does not fill a last row.
 
-    def __init__(self, path: Path, T: int, masked: bool):
-        self.path, self.T, self.masked = path, T, masked
+    The files are written once and directly: `save_to_disk` would copy them out of a mapping of the whole.
+    """
+
+    def __init__(self, folder: Path, T: int, masked: bool):
+        self.folder, self.T, self.masked = folder, T, masked
         names = ["input_ids", "document_starts"] + ["loss_mask"] * masked
         types = [pa.list_(pa.int32()), pa.list_(pa.int32())] + [pa.list_(pa.uint8())] * masked
         self.schema = pa.schema(list(zip(names, types, strict=True)))
-        self.writer = pa.ipc.new_stream(str(path), self.schema)
+        self.files, self.writer, self.room = [], None, 0
         self.tokens, self.masks, self.starts = [], [], []  # not yet written
         self.length = self.documents = self.samples = self.targets = 0
 
@@ -153,12 +155,37 @@ class _Packer:
             self.targets += int(mask[: rows * T].sum())
         else:
             self.targets += rows * T
-        self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
+        batch = pa.record_batch(columns, schema=self.schema)
+        if self.room <= 0:
+            self._begin_file()
+        self.writer.write_batch(batch)
+        self.room -= batch.nbytes
         self.tokens, self.starts = [tokens[rows * T :]], [starts[starts >= rows * T] - rows * T]
         self.length -= rows * T
         self.samples += rows
 
+    def _begin_file(self) -> None:
+        if self.writer:
+            self.writer.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files.append(self.folder / f"part{len(self.files)}")
+        self.writer, self.room = pa.ipc.new_stream(str(self.files[-1]), self.schema), FILE_BYTES
+
     def close(self) -> None:
+        """Write what fills a row and put the files in the place of those of the empty Dataset saved in the folder."""
         if self.length >= self.T:
             self._write()
+        if not self.writer:
+            return
         self.writer.close()
+        state = json.loads((self.folder / "state.json").read_text())
+        for old in state["_data_files"]:
+            (self.folder / old["filename"]).unlink()
+        names = [f"data-{index:05}-of-{len(self.files):05}.arrow" for index in range(len(self.files))]
+        for file, name in zip(self.files, names, strict=True):
+            file.rename(self.folder / name)
+        (self.folder / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name} for name in names]}, indent=2))
+
+
+def _fingerprint(key: str, split: str) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{key}-{split}".encode())

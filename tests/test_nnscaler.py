@@ -132,6 +132,18 @@ def test_our_trainer_continues_from_nnscalers_merged_file(runs, whole, ranks):
     assert_close(runs.native(f"ours-{ranks}", ranks, f"--resume_from={runs.folder / 'merged.ckpt'}"), after(whole, 5))
 
 
+def test_our_trainer_takes_over_a_folder_of_nnscalers_and_it_stays_ours(runs, whole):
+    saves = runs.folder / "turns" / "ckpt"
+    runs.nnscaler("turns", 1, "--max_train_steps=2")
+    merged = [f"--resume_from={runs.folder / 'merged.ckpt'}", "--max_train_steps=6"]
+    runs.native("turns", 1, *merged)
+    assert (saves / "last" / "manifest.json").exists() and (saves / "0000-0002" / "0.ckpt").exists()
+    done = python(ON_CPU, "train.py", *runs.argv("turns", "--engine=nnscaler", *merged), check=False)
+    assert done.returncode == 2 and "give another --save_dir" in done.stderr
+    runs.native("turns", 1, "--max_train_steps=1")  # a fresh run: all of it is set aside
+    assert (saves.with_name("ckpt.1") / "0000-0002" / "0.ckpt").exists()
+
+
 def test_exported_weights_move_both_ways(runs, whole):
     """nnScaler's weights, from its shards, evaluate the same in ours; an export starts nnScaler where it starts ours."""
     hf = runs.folder / "hf"

@@ -69,7 +69,7 @@ def test_only_the_steps_with_the_bad_sample_are_skipped_and_they_name_it(poisone
 
 def test_training_goes_on_as_if_the_skipped_steps_were_not_there(poisoned, run):
     out, model_folder, token = poisoned
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folder).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     data = datasets.load_from_disk(str(out / "text"))["train"]
     for _, batch in zip(range(12), iter(GlobalBatchSampler(len(data), 4, seed=0)), strict=False):

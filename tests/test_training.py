@@ -67,7 +67,7 @@ def runs(flags, prepared, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(tiny, prepared):
     """Loss and gradient norm of ten steps of a plain loop over transformers' own model, document piece by document piece."""
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     data = datasets.load_from_disk(str(prepared))["train"]
     order = iter(GlobalBatchSampler(len(data), GLOBAL_BATCH, seed=0))
@@ -145,7 +145,7 @@ def test_tokens_count_every_token_since_the_runs_start(runs, ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_validation_loss_equals_a_computation_from_the_saved_dataset(runs, tiny, prepared, ranks):
     source = Checkpoint.open(runs / f"{ranks}-full" / "ckpt" / "last")
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny).float()
     model.load_state_dict(dict(source.parameters()))
     with torch.no_grad():
         parts = [piecewise_loss(model, row) for row in datasets.load_from_disk(str(prepared))["validation"]]

@@ -351,6 +351,8 @@ def _swap_link(save_dir: Path, link: str, target: str) -> None:
     temporary = save_dir / f".{link}.new"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
+    if (save_dir / link).is_dir() and not (save_dir / link).is_symlink():
+        os.rename(save_dir / link, save_dir / f"{link}-of-nnscaler-{time.time_ns()}")  # its folder of links
     os.replace(temporary, save_dir / link)
 
 

@@ -85,6 +85,10 @@ def _refuse(args: TrainerArgs) -> None:
             resume and not (foreign.is_shards(resume) or resume.is_file() and foreign.is_merged(resume)),
             f"resuming from {resume}, which our Trainer wrote: use --engine=native, or start from its export (--export_hf, --model_id)",
         ),
+        (
+            resume and checkpoint.checkpoints(Path(args.checkpoint.save_dir)),
+            f"saving among our Trainer's checkpoints in {args.checkpoint.save_dir}: give another --save_dir",
+        ),
     ]
     if problems := [f"--engine=nnscaler does not support {text}" for asked, text in refusals if asked]:
         raise ValueError("\n".join(problems))

@@ -205,7 +205,7 @@ class Trainer:
 
     def _set_aside_old_checkpoints(self) -> None:
         """A fresh run never writes into another run's folder."""
-        found = not self.train_args.checkpoint.no_save and checkpoint.checkpoints(self.save_dir)
+        found = not self.train_args.checkpoint.no_save and (checkpoint.checkpoints(self.save_dir) or (self.save_dir / "last").exists())
         dist.barrier(group=self.control)  # every rank has looked before it moves
         if found and self.rank == 0:
             set_aside(self.save_dir)
