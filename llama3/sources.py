@@ -269,7 +269,7 @@ def _text_columns(names: list[str], text_column: str | None) -> list[str]:
 
 def _cut(data: bytes, limit: int) -> int:
     """Where to cut `data` before `limit` so that no tokenizer's word is split, else between two characters."""
-    low = max(0, limit - (64 << 10))
+    low = max(0, limit - (8 << 10))
     window = data[low:limit].decode(errors="surrogateescape")
     places = [match.start() for match in SAFE_CUT.finditer(window)]
     if places:

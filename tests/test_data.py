@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import python
 from corpora import digest, documents_of, encoder_of, facts, make_texts, real_tokenizer, rows, small_tokenizer, write_jsonl
 
 from llama3 import data, packing, sources
@@ -469,3 +471,10 @@ def test_senseless_settings_are_refused(tmp_path, tokenizer, settings):
     with pytest.raises(DataError):
         prepare(**dict(dataset_id=source, tokenizer=tokenizer, dataset_path=tmp_path / "p", max_seq_len=T) | settings)
     assert data._cores() >= 1
+
+
+@pytest.mark.slow
+def test_a_gigabyte_is_prepared_in_under_2_gigabytes_of_memory_a_process():
+    done = python("benchmarks/data.py", "--gigabytes=1", "--kind=jsonl", timeout=1500)
+    peaks = [float(peak) for peak in re.findall(r"([0-9.]+) GiB of the", done.stdout)]
+    assert len(peaks) == 2 and max(peaks) < 1.8, done.stdout[-500:]
