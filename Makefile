@@ -12,19 +12,20 @@ $(INSTALLED): requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PY) -m pip install --quiet --no-deps -r requirements-demo.txt
 	touch $@
 
-DEMO := --demo --dataset_path=demo/sotu-512 --save_dir=demo/checkpoints --log_dir=demo/log --keep_last_n_checkpoints=1
+OUT := demo
+DEMO := --demo --dataset_path=$(OUT)/sotu-512 --save_dir=$(OUT)/checkpoints --log_dir=$(OUT)/log --keep_last_n_checkpoints=1
 
 demo: $(INSTALLED)
-	rm -rf demo/checkpoints demo/log demo/hf
+	rm -rf $(OUT)/checkpoints $(OUT)/log $(OUT)/hf
 	$(PY) train.py $(DEMO) --prepare_data
 	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO)
 	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO) --resume_from=last --max_train_steps=14
 	$(PY) train.py $(DEMO) --merge_checkpoint
-	$(PY) train.py $(DEMO) --resume_from=demo/checkpoints/merged.ckpt --max_train_steps=16
+	$(PY) train.py $(DEMO) --resume_from=$(OUT)/checkpoints/merged.ckpt --max_train_steps=16
 	$(PY) train.py $(DEMO) --evaluate --resume_from=last
-	$(PY) train.py $(DEMO) --export_hf --output_path=demo/hf
-	$(PY) train.py $(DEMO) --model_id=demo/hf --generate="My fellow Americans, the state of our union"
-	$(PY) -m tools.curves demo/log
+	$(PY) train.py $(DEMO) --export_hf --output_path=$(OUT)/hf
+	$(PY) train.py $(DEMO) --model_id=$(OUT)/hf --generate="My fellow Americans, the state of our union"
+	$(PY) -m tools.curves $(OUT)/log
 
 test: $(INSTALLED) lint
 	$(PY) -m pytest -m "not slow"
