@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import torch.distributed as dist
 import xxhash
 
 from trainer import foreign
-from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter, file_digest, tensor_bytes
+from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +158,11 @@ class Checkpoint:
         """Checks every `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
         if not self.tensors:
             raise CheckpointError(f"{self.path} holds nnScaler's shards: first run `python train.py --merge_checkpoint={self.path}`")
+        readers = {reader.path: reader for pieces in self.parts.values() for reader, _ in pieces} if self.path.is_dir() else {}
         for name in sorted(self.checksums)[part::parts]:
             where = self.path / name if self.path.is_dir() else f"{self.path}, tensor {name}"
             try:
-                digest = file_digest(where) if self.path.is_dir() else xxhash.xxh3_128_hexdigest(tensor_bytes(self.read(name)))
+                digest = readers[where].file_digest() if readers else xxhash.xxh3_128_hexdigest(tensor_bytes(self.read(name)))
             except (OSError, TensorFileError) as error:
                 raise CheckpointError(f"{where} cannot be read: {error}") from None
             if digest != self.checksums[name]:
@@ -188,11 +190,25 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing")
         return torch.empty(box.shape, dtype=dtype) if result is None else result
 
+    def stream(self, names: Iterable[str], and_verify: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of these tensors, the next one read ahead; at the end, `and_verify` checks every file read front to back."""
+        for reader in {reader for pieces in self.parts.values() for reader, _ in pieces} if and_verify and self.path.is_dir() else ():
+            reader.start_digest()
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for name in names:
+                ahead, ready = (name, pool.submit(self.read, name)), ahead
+                if ready:
+                    yield ready[0], ready[1].result()
+            if ahead:
+                yield ahead[0], ahead[1].result()
+        if and_verify:
+            self.verify()
+
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every model parameter, one at a time."""
-        for name in self.tensors:
-            if name.startswith("model."):
-                yield name.removeprefix("model."), self.read(name)
+        """Name and value of every model parameter, one after the other."""
+        for name, tensor in self.stream(name for name in self.tensors if name.startswith("model.")):
+            yield name.removeprefix("model."), tensor
 
 
 def read_manifest(folder: Path) -> dict:
@@ -406,12 +422,11 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
             foreign.merge(Path(source), temporary)
         return Path(out_file)
     checkpoint, out_file = Checkpoint.open(source), Path(out_file)
-    checkpoint.verify()
     placeholders = json.dumps({name: f"{index:032x}" for index, name in enumerate(checkpoint.tensors)})
     metadata = {"state": json.dumps(checkpoint.state), "state_digest": _digest(checkpoint.state), "digests": placeholders}
     with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer:
-        for name in checkpoint.tensors:
-            writer.add(name, checkpoint.read(name))
+        for name, tensor in checkpoint.stream(checkpoint.tensors, and_verify=True):
+            writer.add(name, tensor)
         # Inside the header both are JSON texts in a JSON text.
         writer.replace_in_header(json.dumps(placeholders)[1:-1], json.dumps(json.dumps(writer.digests))[1:-1])
         writer.finish()

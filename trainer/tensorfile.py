@@ -65,7 +65,10 @@ class Box:
 
 
 class TensorFileReader:
-    """The header of a safetensors file, read once; `read` opens the file, and holds no more than what it returns."""
+    """The header of a safetensors file, read once; `read` opens the file, and holds no more than what it returns.
+
+    After `start_digest`, what is read from front to back is hashed on the way: `file_digest` then needs no second pass.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -75,9 +78,11 @@ class TensorFileReader:
                 (length,) = struct.unpack("<Q", file.read(8))
                 if length > min(size, MAX_HEADER_BYTES):
                     raise ValueError("its header is cut off")
-                header = json.loads(file.read(length))
+                encoded = file.read(length)
+                header = json.loads(encoded)
             self.metadata = header.pop("__metadata__", {})
-            self._data_start = 8 + length
+            self._data_start, self._size = 8 + length, size
+            self._front, self._digest, self._hashed = struct.pack("<Q", length) + encoded, None, 0
             self.tensors = {name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
             self._starts = {name: entry["data_offsets"][0] for name, entry in header.items()}
             for name, (dtype, shape) in self.tensors.items():
@@ -114,7 +119,20 @@ class TensorFileReader:
                 count = file.readinto(view[:CHUNK_BYTES])
                 if not count:
                     raise TensorFileError(f"{self.path} is cut off")
+                if self._digest is not None and offset == self._hashed:
+                    self._digest.update(view[:count])
+                    self._hashed += count
+                offset += count
                 view = view[count:]
+
+    def start_digest(self) -> None:
+        self._digest, self._hashed = xxhash.xxh3_128(self._front), 0
+
+    def file_digest(self) -> str:
+        """The checksum of the whole file."""
+        if self._digest is not None and self._data_start + self._hashed == self._size:
+            return self._digest.hexdigest()
+        return file_digest(self.path)
 
 
 class TensorFileWriter:
