@@ -16,9 +16,9 @@ import torch
 import xxhash
 
 from llama3.assets import document_separator
+from llama3.loss import IGNORED
 
 FORMAT = 1  # of the prepared folder; raised whenever the same input would give other bytes
-IGNORED = -100  # label that carries no loss
 
 
 class DataError(ValueError):

@@ -42,6 +42,7 @@ DEMO = dict(
     model_id=SMOLLM2,
     dataset_id="sotu",
     max_seq_len=512,
+    validation_fraction=0.02,
     max_val_samples=48,
     precision="bf16",
     micro_batch_size=2,
