@@ -70,8 +70,15 @@ FLAGS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors are ValueErrors: main says them once, not every rank."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (python train.py --help names every flag)")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     modes = parser.add_argument_group("modes (none of them: train)")
@@ -254,6 +261,8 @@ def build_trainer(args):
     )
     for folder in (args.save_dir, args.log_dir) if args.mode == "train" else ():
         check_writable(Path(folder))
+        if not resumed:
+            check_not_set_aside(Path(folder), args)
     if train_samples < trainer_args.global_batch_size and args.mode == "train":
         raise ValueError(
             f"{args.dataset_path} has {train_samples} training samples, less than one global batch of {trainer_args.global_batch_size}: "
@@ -269,6 +278,16 @@ def check_writable(folder: Path) -> None:
     existing_part = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing_part.is_dir() or not os.access(existing_part, os.W_OK | os.X_OK) or os.statvfs(existing_part).f_flag & os.ST_RDONLY:
         raise ValueError(f"{folder} cannot be written to ({existing_part} does not allow it): name another --save_dir or --log_dir")
+
+
+def check_not_set_aside(folder: Path, args) -> None:
+    """A fresh run renames an old run's folders: what it reads must not lie in them."""
+    used = [used for used in (args.model_id, args.tokenizer_id, args.dataset_path) if Path(used).exists()]
+    inside = [used for used in used if folder.resolve() in Path(used).resolve().parents]
+    if inside and ((folder / "last").exists() or (folder / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"{folder} holds another run and would be set aside, with {inside[0]} in it: name another --save_dir and --log_dir"
+        )
 
 
 def resume_state(args) -> dict | None:
@@ -289,11 +308,15 @@ def resume_state(args) -> dict | None:
             problem = error
     if problem:
         raise problem
+    if args.mode == "evaluate":
+        raise ValueError(f"--resume_from={args.resume_from}: there is no such checkpoint in {args.save_dir}")
     return None  # TrainerArgs warns
 
 
 def batch_sizes(args, resumed: dict | None) -> dict:
-    """What was given; else the checkpoint's global batch; else the preset's; else by accumulation."""
+    """What was given; else the checkpoint's global batch; else the preset's; else by accumulation. Evaluation accumulates nothing."""
+    if args.mode == "evaluate":
+        return {"grad_accumulation_steps": 1}
     if "global_batch_size" in args.given or "grad_accumulation_steps" in args.given:
         return {name: args.given[name] for name in ("global_batch_size", "grad_accumulation_steps") if name in args.given}
     kept = resumed["global_batch_size"] if resumed else args.preset_batch
@@ -370,8 +393,9 @@ def export(args) -> None:
     source.verify()
     folder = export_hf(
         folder=Path(args.output_path or Path(args.save_dir) / "hf"),
-        config=source.state["model"],
-        tokenizer=assets.load_tokenizer(args.given.get("tokenizer_id", source.state["tokenizer_id"])),
+        # nnScaler's own demo writes no more than weights and optimizer: then the flags must say what model they are of.
+        config=source.state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict(),
+        tokenizer=assets.load_tokenizer(args.given.get("tokenizer_id") or source.state.get("tokenizer_id") or args.tokenizer_id),
         shapes={name.removeprefix("model."): shape for name, (_, shape) in source.tensors.items() if name.startswith("model.")},
         tensors=source.parameters(),
         dtype=args.export_dtype or source.state["config"]["precision"]["param"],
@@ -383,14 +407,15 @@ def export(args) -> None:
 def generate(args) -> None:
     from llama3 import assets
     from llama3.export import generate_text, load_model
-    from trainer.checkpoint import Checkpoint, candidates
+    from trainer.checkpoint import Checkpoint
 
     if args.resume_from:
-        found = candidates(Path(args.save_dir), args.resume_from) if args.resume_from in ("last", "best") else []
-        source = Checkpoint.open_whole(found[0] if found else existing(args.resume_from, "--resume_from"))
+        named = f"{args.save_dir}/{args.resume_from}" if args.resume_from in ("last", "best") else args.resume_from
+        source = Checkpoint.open_whole(existing(named, "--resume_from"))
         source.verify()
-        tokenizer = assets.load_tokenizer(args.given.get("tokenizer_id", source.state["tokenizer_id"]))
-        model = load_model(source.state["model"], source.parameters(), args.precision)
+        tokenizer = assets.load_tokenizer(args.given.get("tokenizer_id") or source.state.get("tokenizer_id") or args.tokenizer_id)
+        config = source.state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict()
+        model = load_model(config, source.parameters(), args.precision)
     else:
         tokenizer = assets.load_tokenizer(args.tokenizer_id)
         model = load_model(assets.model_folder(args.model_id), None, args.precision)
@@ -409,6 +434,8 @@ def verify_resume(args) -> None:
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in args.given.items() if name not in own]
     ranks = args.world_size or torch.cuda.device_count() or 2
     steps = args.given.get("max_train_steps", 20)
+    if steps < 4:
+        raise ValueError(f"--verify_resume with --max_train_steps={steps}: at least 4 are needed, to be killed in between")
     folder = Path(f"{args.save_dir.rstrip('/')}.verify")
     difference = verify(Path(__file__).resolve(), flags, folder, ranks, steps)
     if difference:

@@ -41,8 +41,8 @@ def export(source: Path, target: Path) -> None:
     opened.verify()
     specs = {name: (torch.bfloat16, shape) for name, (_, shape) in opened.tensors.items() if name.startswith("model.")}
     with TensorFileWriter(target, specs, {}) as writer:
-        for name, tensor in opened.stream(specs):
-            writer.add(name, tensor.to(torch.bfloat16))
+        for name in specs:
+            writer.add(name, opened.read(name).to(torch.bfloat16))
         writer.finish()
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the weights
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": torch.float32}
 
 
@@ -28,13 +30,13 @@ def export_hf(
     `writer(path, {name: (dtype, shape)}, metadata)` writes a safetensors file one tensor at a time, so that no more than one is in
     memory. An earlier export in `folder` is replaced; anything else there is refused with a ValueError.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model.safetensors").is_file():
+    if folder.exists() and any(folder.iterdir()) and not _is_export(folder):
         raise ValueError(f"{folder} holds something other than an exported model: choose another --output_path")
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with writer(temporary / "model.safetensors", {name: (DTYPES[dtype], shape) for name, shape in shapes.items()}, {}) as file:
+        with writer(temporary / "model.safetensors", {name: (DTYPES[dtype], shape) for name, shape in shapes.items()}, MARK) as file:
             for name, tensor in tensors:
                 file.add(name, tensor.to(DTYPES[dtype]))
             file.finish()
@@ -50,6 +52,14 @@ def export_hf(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether this function wrote the folder: only then may it be replaced."""
+    if not (folder / "model.safetensors").is_file():
+        return False
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return MARK.items() <= (file.metadata() or {}).items()
 
 
 def model_config(values: dict) -> LlamaConfig:

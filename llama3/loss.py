@@ -11,10 +11,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The gradients are computed with the loss, while a chunk's logits are at hand: backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, needs_grad):
         N, V = hidden.shape[0], weight.shape[0]
         chunk = max(1, LOGITS_PER_CHUNK // V)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         # Summed over chunks in fp32: a bf16 sum would lose the small contributions.
@@ -40,7 +39,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -50,4 +49,4 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: to
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     valid = labels != IGNORED
-    return _ChunkedCrossEntropy.apply(hidden[valid], weight, labels[valid])
+    return _ChunkedCrossEntropy.apply(hidden[valid], weight, labels[valid], torch.is_grad_enabled())

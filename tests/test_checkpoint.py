@@ -151,6 +151,7 @@ MERGED_FAULTS = {
         lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2] + bytes(f.stat().st_size - f.stat().st_size // 2)),
         ["checksum"],
     ),
+    "state no JSON": (lambda f: f.write_bytes(f.read_bytes().replace(b'\\"step\\": 4', b'\\"step\\"; 4')), ["damaged"]),
     "only weights": (lambda f: save_file({"model.x": torch.ones(2)}, f), ["no training state", "--merge_checkpoint"]),
     "a text": (lambda f: f.write_text("hello, I am not a checkpoint"), ["not a whole"]),
 }

@@ -44,15 +44,26 @@ def test_wrong_input_is_a_sentence_with_the_fix(flags, capsys, case):
     assert all(word in said for word in words), said
 
 
+def test_evaluating_a_checkpoint_that_is_not_there_is_refused(flags, tmp_path, capsys):
+    code, said = messages(capsys, *flags, "--evaluate", "--resume_from=last", f"--save_dir={tmp_path}")
+    assert code == 2 and "there is no such checkpoint" in said
+
+
+def test_a_fresh_run_does_not_set_aside_what_it_reads(flags, tiny, tmp_path, capsys):
+    (tmp_path / "ckpt" / "last").mkdir(parents=True)
+    model = shutil.copytree(tiny, tmp_path / "ckpt" / "hf")
+    code, said = messages(capsys, *flags, f"--model_id={model}", f"--save_dir={tmp_path / 'ckpt'}", "--global_batch_size=4")
+    assert code == 2 and "would be set aside" in said and model.exists()
+
+
 def test_all_wrong_values_are_said_at_once(flags, capsys):
     _, said = messages(capsys, *flags, "--max_train_steps=0", "--seed=-1", "--recompute=some")
     assert all(word in said for word in ("--max_train_steps", "--seed", "--recompute"))
 
 
 def test_a_misspelt_flag_is_refused(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main([*flags, "--learning_rte=1"])
-    assert stop.value.code == 2 and "--learning_rte" in capsys.readouterr().err
+    code, said = messages(capsys, *flags, "--learning_rte=1")
+    assert code == 2 and "--learning_rte" in said and said.count("\n") == 1
 
 
 def test_tokens_beyond_the_models_vocabulary_are_refused(flags, prepared, tmp_path, tiny, capsys):

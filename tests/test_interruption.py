@@ -78,7 +78,8 @@ def on_two_ranks(*argv):
 
 def workers(launcher) -> list[int]:
     """Process ids of the ranks that a torchrun started, by rank."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    with open(f"/proc/{launcher.pid}/task/{launcher.pid}/children") as f:
+        children = f.read().split()
 
     def rank(pid):
         with open(f"/proc/{pid}/environ", "rb") as f:

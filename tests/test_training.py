@@ -12,6 +12,7 @@ from conftest import ROOT, python, rows, run_cases, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import train
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import GlobalBatchSampler
 
@@ -219,6 +220,16 @@ def test_export_loads_in_transformers_and_has_the_trainers_validation_loss(runs,
         parts = [piecewise_loss(model, row) for row in datasets.load_from_disk(str(prepared))["validation"]]
     expected = rows(run / "log", "val_loss")[10]["val_loss"]
     assert (sum(p for p, _ in parts) / sum(n for _, n in parts)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(runs, flags, tiny, tmp_path, capsys):
+    export = [*flags, f"--export_hf={runs / '1-full' / 'ckpt' / 'last'}"]
+    mine = shutil.copytree(tiny, tmp_path / "mine")
+    assert train.main([*export, f"--output_path={mine}"]) == 2
+    assert "something other than an exported model" in capsys.readouterr().err
+    assert (mine / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+    for _ in range(2):
+        assert train.main([*export, f"--output_path={tmp_path / 'hf'}"]) == 0
 
 
 def test_evaluate_prints_the_trainers_validation_loss(runs, flags, tmp_path):

@@ -31,20 +31,29 @@ def verify(script: Path, flags: list[str], folder: Path, ranks: int, steps: int)
         return [*launcher, *flags, *fixed, f"--save_dir={folder / run / 'checkpoints'}", f"--log_dir={folder / run / 'log'}", *more]
 
     logger.info("1 of 3: %d steps undisturbed on %d ranks", steps, ranks)
-    if code := _start(command("whole"), folder).wait():
-        return f"the undisturbed run failed by itself with exit code {code} (output.txt)"
-    # The moment: while a save is under way, or between two saves.
-    during_save, first = random.random() < 0.5, random.randint(1, 3) * every
-    logger.info("2 of 3: the same, killed %s step %d", "while saving" if during_save else "some time after", first)
-    process = _start(command("killed"), folder)
-    _kill_at(process, folder / "killed", first, during_save)
+    if _start(command("whole"), folder).wait():
+        raise ValueError(f"the undisturbed run failed by itself; the end of {folder / 'output.txt'} says:\n{_tail(folder)}")
+    for _ in range(5):  # a fast run may be over before it is killed: then again
+        # The moment: while a save is under way, or some time after a step.
+        during_save, step = random.random() < 0.5, random.randint(1, min(3, (steps - 1) // every)) * every
+        logger.info("2 of 3: the same, killed %s step %d", "while saving" if during_save else "some time after", step)
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        if _kill_at(_start(command("killed"), folder), folder / "killed", step, during_save):
+            break
+    else:
+        raise ValueError("the run is over too soon to be killed: give more --max_train_steps")
     logger.info("3 of 3: resumed from the last checkpoint")
-    if code := _start(command("killed", "--resume_from=last"), folder).wait():
-        return f"the resumed run failed with exit code {code} (output.txt)"
+    if _start(command("killed", "--resume_from=last"), folder).wait():
+        return f"the resumed run failed; the end of {folder / 'output.txt'} says:\n{_tail(folder)}"
     difference = first_difference(folder / "whole", folder / "killed")
     if difference is None:
         shutil.rmtree(folder)
     return difference
+
+
+def _tail(folder: Path) -> str:
+    said = [line for line in (folder / "output.txt").read_text().splitlines() if line.startswith("train.py:")]
+    return "\n".join(said[-3:]) or (folder / "output.txt").read_text()[-1500:]
 
 
 def _start(command: list[str], folder: Path) -> subprocess.Popen:
@@ -53,20 +62,20 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _kill_at(process: subprocess.Popen, run: Path, step: int, during_save: bool) -> None:
-    """SIGKILL to every process of the run, once `step` is logged (and, if so wanted, its save has begun)."""
-    while process.poll() is None:
-        logged = (run / "log" / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_metrics(run / "log"))
-        if logged and (not during_save or any((run / "checkpoints").glob(".saving-*")) or _saved(run, step)):
-            time.sleep(random.uniform(0, 0.05 if during_save else 0.5))
-            break
-        time.sleep(0.001)
-    for pid in [process.pid, *_children(process.pid)]:
-        try:
+def _kill_at(process: subprocess.Popen, run: Path, step: int, during_save: bool) -> bool:
+    """SIGKILL to every process of the run, once `step` is logged (and, if so wanted, its save has begun); False: it was over before."""
+    try:
+        while process.poll() is None:
+            logged = (run / "log" / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_metrics(run / "log"))
+            if logged and (not during_save or any((run / "checkpoints").glob(".saving-*")) or _saved(run, step)):
+                time.sleep(random.uniform(0, 0.05 if during_save else 0.5))
+                break
+            time.sleep(0.001)
+        return process.poll() is None
+    finally:
+        for pid in [*_children(process.pid), process.pid] if process.poll() is None else []:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
+        process.wait()
 
 
 def _saved(run: Path, step: int) -> bool:
@@ -75,8 +84,7 @@ def _saved(run: Path, step: int) -> bool:
 
 def _children(pid: int) -> list[int]:
     """torchrun puts each rank into a session of its own: they are found by their parent."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
-    return [int(child) for child in listed]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def first_difference(whole: Path, resumed: Path) -> str | None:

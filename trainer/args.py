@@ -235,7 +235,10 @@ class CheckpointConfig:
             if not Path(wanted).exists():
                 problems.append(f"resume_from: {wanted} does not exist; give 'last', 'best', a checkpoint directory or a merged file")
         elif wanted and self.save_dir and self.get_resume_checkpoint() is None:
-            logger.warning("resume_from: there is no '%s' checkpoint in %s: training starts fresh", wanted, self.save_dir)
+            # An older one may still be found beside it: whoever resumes says so.
+            logger.warning(
+                "resume_from: there is no '%s' checkpoint in %s: training starts fresh if there is no other", wanted, self.save_dir
+            )
         if not self.save_dir and (wanted in ("last", "best") or not self.no_save):
             problems.append("save_dir is empty: name the folder that holds the checkpoints")
         if not self.no_save:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,8 +96,10 @@ class Checkpoint:
             if path.is_dir():
                 return cls._open_shards(path) if foreign.is_shards(path) else cls._open_folder(path)
             return cls._open_foreign(path) if foreign.is_merged(path) else cls._open_merged(path)
-        except (TensorFileError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from None
 
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
@@ -179,36 +181,32 @@ class Checkpoint:
             common = box.overlap(held)
             if common is None:
                 continue
-            data = reader.read(name, common.inside(held))
             missing -= common.size
-            if common == box:
-                result = data
-            else:
-                result = torch.empty(box.shape, dtype=dtype) if result is None else result
-                result[common.inside(box).slices] = data
+            result = torch.empty(box.shape, dtype=dtype) if result is None else result
+            reader.read(name, common.inside(held), out=result[common.inside(box).slices])
         if missing:
             raise CheckpointError(f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing")
         return torch.empty(box.shape, dtype=dtype) if result is None else result
 
-    def stream(self, names: Iterable[str], and_verify: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of these tensors, the next one read ahead; at the end, `and_verify` checks every file read front to back."""
-        for reader in {reader for pieces in self.parts.values() for reader, _ in pieces} if and_verify and self.path.is_dir() else ():
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of every tensor, the next one read ahead. At the end every file is verified by what was read of it."""
+        for reader in {reader for pieces in self.parts.values() for reader, _ in pieces} if self.path.is_dir() else ():
             reader.start_digest()
         with ThreadPoolExecutor(1) as pool:
             ahead = None
-            for name in names:
+            for name in self.tensors:
                 ahead, ready = (name, pool.submit(self.read, name)), ahead
                 if ready:
                     yield ready[0], ready[1].result()
             if ahead:
                 yield ahead[0], ahead[1].result()
-        if and_verify:
-            self.verify()
+        self.verify()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every model parameter, one after the other."""
-        for name, tensor in self.stream(name for name in self.tensors if name.startswith("model.")):
-            yield name.removeprefix("model."), tensor
+        for name in self.tensors:
+            if name.startswith("model."):
+                yield name.removeprefix("model."), self.read(name)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -425,7 +423,7 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
     placeholders = json.dumps({name: f"{index:032x}" for index, name in enumerate(checkpoint.tensors)})
     metadata = {"state": json.dumps(checkpoint.state), "state_digest": _digest(checkpoint.state), "digests": placeholders}
     with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer:
-        for name, tensor in checkpoint.stream(checkpoint.tensors, and_verify=True):
+        for name, tensor in checkpoint.stream():
             writer.add(name, tensor)
         # Inside the header both are JSON texts in a JSON text.
         writer.replace_in_header(json.dumps(placeholders)[1:-1], json.dumps(json.dumps(writer.digests))[1:-1])

@@ -94,13 +94,13 @@ class TensorFileReader:
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise TensorFileError(f"{path} is not a whole safetensors file: {error}") from None
 
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """The tensor, or a box of it, on the CPU."""
+    def read(self, name: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, or a box of it, on the CPU; put into `out` if given."""
         dtype, shape = self.tensors[name]
         box = box or Box.whole(shape)
-        result = torch.empty(box.shape, dtype=dtype)
+        result = torch.empty(box.shape, dtype=dtype) if out is None else out
         row_shape = shape[1:]
-        if box.shape[1:] == row_shape:  # whole rows: one run of bytes
+        if box.shape[1:] == row_shape and result.is_contiguous():  # whole rows: one run of bytes
             first_row = box.offsets[0] if shape else 0
             self._read_into(result, self._starts[name] + first_row * math.prod(row_shape) * dtype.itemsize)
         else:

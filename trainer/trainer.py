@@ -38,6 +38,7 @@ class TrainState:
     tokens: int = 0
     updates: int = 0  # optimizer steps taken
     best_val_loss: float | None = None
+    validation_due: bool = False  # a SIGTERM came where it would have been
 
 
 class Trainer:
@@ -56,7 +57,7 @@ class Trainer:
         self.hooks = hooks.create(train_args.hook)
         self.loggers = []
         self._signals = {signal.SIGTERM: False, signal.SIGUSR1: False}
-        self._step_seconds, self._warned_of_shutdown = 0.0, False
+        self._step_seconds, self._warned_of_shutdown, self._spare = 0.0, False, None
 
     # ------------------------------------------------------------ the run
 
@@ -68,8 +69,10 @@ class Trainer:
                 return
             try:
                 self._hook("on_train_start")
-                if self.options.get("validate_first") and self.state.step == 0:
+                first = self.options.get("validate_first") and self.state.step == 0
+                if self.val_set is not None and (first or self.state.validation_due):
                     self._validate_and_log()
+                    self.state.validation_due = False
                 self._train()
                 self._hook("on_train_end")
             finally:
@@ -192,6 +195,7 @@ class Trainer:
             self.scheduler = load_type(args.lr_scheduler.type)(self.optimizer, **args.lr_scheduler.args)
             # Replayed rather than restored: the schedule is a function of the step and of this run's arguments.
             self._step_scheduler(self.state.step if args.lr_scheduler.interval == "step" else self._epoch(self.state.samples))
+        dist.barrier(group=self.control)  # every rank has read what it resumes
         if self.rank == 0 and not args.checkpoint.no_save:
             checkpoint.clean_up(self.save_dir)
         # A group of its own, as it may save while the training goes on.
@@ -228,6 +232,9 @@ class Trainer:
             paths = [Path(resume.checkpoint)]
         else:
             paths = checkpoint.candidates(self.save_dir, str(resume.checkpoint))
+            link = self.save_dir / resume.checkpoint
+            if paths and not link.exists() and self.rank == 0:
+                logger.warning("WARNING: %s names no checkpoint. Falling back to %s", link, paths[0])
         for index, path in enumerate(paths):
             problem = self._verify(path)
             if problem is None:
@@ -353,7 +360,8 @@ class Trainer:
             or bool(epoch_ended and args.val_every_n_epochs and (epoch + 1) % args.val_every_n_epochs == 0)
         )
         best = False
-        if val_due and self.val_set is not None and not stop:
+        state.validation_due = val_due and stop and not last
+        if val_due and self.val_set is not None and not state.validation_due:
             val_loss = self._validate_and_log()
             best = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
             if best and save_due:
@@ -396,7 +404,8 @@ class Trainer:
         sums = torch.stack([norms.square().sum(), torch.tensor(tokens, dtype=torch.float64, device=self.device)])
         dist.all_reduce(sums)
         divisor = _divisor(aggregated, config.grad_reduction)
-        gnorm, tokens = math.sqrt(sums[0].item()) / divisor, int(sums[1].item())
+        gnorm = math.sqrt(sums[0].item()) / divisor if divisor else math.nan  # a batch without targets is skipped
+        tokens = int(sums[1].item())
         self._hook("before_gnorm_clip")
         clip = min(1.0, config.clip_gnorm / (gnorm + 1e-6)) if config.clip_gnorm else 1.0
         if math.isfinite(loss) and math.isfinite(gnorm):
@@ -410,7 +419,8 @@ class Trainer:
     def _forward(self, batch):
         """Forward's output, and its loss to differentiate; a rank that has no samples left takes part with a weight of 0."""
         if batch is None:
-            self._spare = getattr(self, "_spare", None) or self._to_device(self.collate([self.train_set[0]]))
+            if self._spare is None:
+                self._spare = self._to_device(self.collate([self.train_set[0]]))
             output = self.model(self._spare)
             return output, (output[0] if isinstance(output, (tuple, list)) else output) * 0.0
         output = self.model(batch)
@@ -521,7 +531,12 @@ class Trainer:
         self._hook("on_save_checkpoint", state)
         links = (*(["last"] if config.save_last else []), *(["best"] if config.save_best and best else []))
         name = f"{epoch:04d}-{self.state.step:04d}"
+        began = time.perf_counter()
+        self.saver.wait()
+        waited = time.perf_counter() - began
+        self._log_save()
         self.saver.save(name, self._pieces(), state, links, in_background=bool(self.options.get("async_save")))
+        self.saver.blocked_seconds += waited
         if self.rank == 0:
             logger.info("%s %s", "saving in the background:" if self.options.get("async_save") else "saved", self.save_dir / name)
 
