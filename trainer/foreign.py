@@ -69,6 +69,6 @@ class MergedFile:
         derived |= {"global_batch_size": args["global_batch_size"], "seed": args["seed"], "train_state": counts}
         self.state: dict = json.loads(content["trainer_state"][0]) if "trainer_state" in content else derived
 
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """A box of the tensor, in fp32."""
-        return self.tensors[name][box.slices].float()
+    def read(self, name: str, box: Box, out: torch.Tensor) -> torch.Tensor:
+        """A box of the tensor, put into `out`, which is in fp32."""
+        return out.copy_(self.tensors[name][box.slices])
