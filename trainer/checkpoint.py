@@ -18,7 +18,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import torch.distributed as dist
 import xxhash
 
 from trainer import foreign
-from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter, tensor_bytes
+from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -160,46 +159,42 @@ class Checkpoint:
         """Checks every `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
         if not self.tensors:
             raise CheckpointError(f"{self.path} holds nnScaler's shards: first run `python train.py --merge_checkpoint={self.path}`")
-        readers = {reader.path: reader for pieces in self.parts.values() for reader, _ in pieces} if self.path.is_dir() else {}
+        in_files = self.path.is_dir() and self.checksums
+        readers = {reader.path: reader for pieces in self.parts.values() for reader, _ in pieces} if in_files else {}
         for name in sorted(self.checksums)[part::parts]:
             where = self.path / name if self.path.is_dir() else f"{self.path}, tensor {name}"
             try:
-                digest = readers[where].file_digest() if readers else xxhash.xxh3_128_hexdigest(tensor_bytes(self.read(name)))
+                digest = readers[where].file_digest() if readers else self.parts[name][0][0].tensor_digest(name)
             except (OSError, TensorFileError) as error:
                 raise CheckpointError(f"{where} cannot be read: {error}") from None
             if digest != self.checksums[name]:
                 raise CheckpointError(f"{where}: the contents do not match the checksum: damaged or exchanged after it was saved")
 
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """A box of the tensor (default: the whole) on the CPU; raises CheckpointError where the checkpoint does not hold it."""
+    def read(self, name: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A box of the tensor (default: the whole), put into `out` or a new tensor on the CPU; CheckpointError: it is not all there."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} holds no tensor {name}: it was saved from another model")
         dtype, shape = self.tensors[name]
         box = box or Box.whole(shape)
-        result, missing = None, box.size
+        if out is not None and (out.device.type != "cpu" or out.dtype != dtype):
+            return out.copy_(self.read(name, box))
+        result, missing = torch.empty(box.shape, dtype=dtype) if out is None else out, box.size
         for reader, held in self.parts[name]:
             common = box.overlap(held)
             if common is None:
                 continue
             missing -= common.size
-            result = torch.empty(box.shape, dtype=dtype) if result is None else result
             reader.read(name, common.inside(held), out=result[common.inside(box).slices])
         if missing:
             raise CheckpointError(f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing")
-        return torch.empty(box.shape, dtype=dtype) if result is None else result
+        return result
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every tensor, the next one read ahead. At the end every file is verified by what was read of it."""
+        """Name and value of every tensor, one at a time. At the end every file is verified by what was read of it."""
         for reader in {reader for pieces in self.parts.values() for reader, _ in pieces} if self.path.is_dir() else ():
             reader.start_digest()
-        with ThreadPoolExecutor(1) as pool:
-            ahead = None
-            for name in self.tensors:
-                ahead, ready = (name, pool.submit(self.read, name)), ahead
-                if ready:
-                    yield ready[0], ready[1].result()
-            if ahead:
-                yield ahead[0], ahead[1].result()
+        for name in self.tensors:
+            yield name, self.read(name)
         self.verify()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -75,9 +75,9 @@ def local_box(tensor: torch.Tensor) -> Box:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, names: dict[nn.Parameter, str], values: Callable[[str, tuple[int, ...], Box], torch.Tensor]) -> None:
-    """Sets every parameter, shard by shard, to `values(name, shape of the whole, this rank's box)`."""
+def fill(names: dict[nn.Parameter, str], put: Callable[[torch.Tensor, str, tuple[int, ...], Box], object]) -> None:
+    """Lets `put(this rank's shard, name, shape of the whole, box of the shard)` set every parameter, in place."""
     for parameter, name in names.items():
         box = local_box(parameter)
         if box.size:
-            local(parameter).copy_(values(name, tuple(parameter.shape), box))
+            put(local(parameter), name, tuple(parameter.shape), box)

@@ -125,6 +125,17 @@ class TensorFileReader:
                 offset += count
                 view = view[count:]
 
+    def tensor_digest(self, name: str) -> str:
+        """The checksum of a tensor's bytes, read in chunks."""
+        dtype, shape = self.tensors[name]
+        digest, buffer, left = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES)), math.prod(shape) * dtype.itemsize
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._data_start + self._starts[name])
+            while left and (count := file.readinto(buffer[: min(left, CHUNK_BYTES)])):
+                digest.update(buffer[:count])
+                left -= count
+        return digest.hexdigest()
+
     def start_digest(self) -> None:
         self._digest, self._hashed = xxhash.xxh3_128(self._front), 0
 

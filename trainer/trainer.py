@@ -155,25 +155,27 @@ class Trainer:
         parallel.materialize(model, self.device)
         self.names = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
         if source:
-            parallel.fill(model, self.names, lambda name, shape, box: _checked(source, f"model.{name}", shape).read(f"model.{name}", box))
+            parallel.fill(
+                self.names, lambda out, name, shape, box: _checked(source, f"model.{name}", shape).read(f"model.{name}", box, out)
+            )
         elif files := (model.weight_files() if hasattr(model, "weight_files") else None):
             self._fill_from_files(model, files)
         elif hasattr(model, "initial_values"):
-            parallel.fill(model, self.names, lambda name, shape, box: _initial(model, name, shape, box))
+            parallel.fill(self.names, lambda out, name, shape, box: out.copy_(_initial(model, name, shape, box)))
         return model
 
     def _fill_from_files(self, model, files: dict[str, Path]) -> None:
         readers = {path: TensorFileReader(path) for path in set(files.values())}
 
-        def values(name, shape, box):
+        def put(out, name, shape, box):
             if name not in files:
                 raise ValueError(f"the pretrained weights hold no parameter {name}: they belong to another model")
             reader = readers[files[name]]
             if reader.tensors[name][1] != shape:
                 raise ValueError(f"{reader.path}: {name} has shape {reader.tensors[name][1]}, the model's configuration says {shape}")
-            return reader.read(name, box)
+            out.copy_(reader.read(name, box))
 
-        parallel.fill(model, self.names, values)
+        parallel.fill(self.names, put)
 
     def _set_up_training(self) -> bool:
         """Optimizer, schedule, resumed state, loggers; False where the resumed run is already at its end, and nothing was touched."""
@@ -270,7 +272,7 @@ class Trainer:
             state = self.optimizer.state[parameter]
             for key in sorted(keys):
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                parallel.local(state[key]).copy_(source.read(f"optimizer.{name}.{key}", parallel.local_box(parameter)))
+                source.read(f"optimizer.{name}.{key}", parallel.local_box(parameter), out=parallel.local(state[key]))
             # Where the optimizer keeps it itself: beside the parameter if fused, else on the CPU.
             fused = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
             state["step"] = torch.tensor(float(self.state.updates), device=self.device if fused else "cpu")
