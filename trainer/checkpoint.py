@@ -189,13 +189,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing")
         return result
 
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every tensor, one at a time. At the end every file is verified by what was read of it."""
+    def hash_what_is_read(self) -> None:
+        """From now on: a later `verify` needs no second pass over files that were read from front to back."""
         for reader in {reader for pieces in self.parts.values() for reader, _ in pieces} if self.path.is_dir() else ():
             reader.start_digest()
-        for name in self.tensors:
-            yield name, self.read(name)
-        self.verify()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every model parameter, one after the other."""
@@ -418,8 +415,10 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
     placeholders = json.dumps({name: f"{index:032x}" for index, name in enumerate(checkpoint.tensors)})
     metadata = {"state": json.dumps(checkpoint.state), "state_digest": _digest(checkpoint.state), "digests": placeholders}
     with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer:
-        for name, tensor in checkpoint.stream():
-            writer.add(name, tensor)
+        checkpoint.hash_what_is_read()
+        for name in checkpoint.tensors:
+            writer.add(name, checkpoint.read(name))
+        checkpoint.verify()
         # Inside the header both are JSON texts in a JSON text.
         writer.replace_in_header(json.dumps(placeholders)[1:-1], json.dumps(json.dumps(writer.digests))[1:-1])
         writer.finish()
