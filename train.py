@@ -386,18 +386,14 @@ def merge(args) -> None:
 
 
 def export(args) -> None:
-    from llama3 import assets
     from llama3.export import export_hf
-    from trainer.checkpoint import Checkpoint
     from trainer.tensorfile import TensorFileWriter
 
-    source = Checkpoint.open_whole(existing(args.export_hf or f"{args.save_dir}/last", "--export_hf"))
-    source.verify()
+    source, config, tokenizer = open_checkpoint(args, args.export_hf or f"{args.save_dir}/last", "--export_hf")
     folder = export_hf(
         folder=Path(args.output_path or Path(args.save_dir) / "hf"),
-        # nnScaler's own demo writes no more than weights and optimizer: then the flags must say what model they are of.
-        config=source.state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict(),
-        tokenizer=assets.load_tokenizer(args.given.get("tokenizer_id") or source.state.get("tokenizer_id") or args.tokenizer_id),
+        config=config,
+        tokenizer=tokenizer,
         shapes={name.removeprefix("model."): shape for name, (_, shape) in source.tensors.items() if name.startswith("model.")},
         tensors=source.parameters(),
         dtype=args.export_dtype or source.state["config"]["precision"]["param"],
@@ -409,19 +405,28 @@ def export(args) -> None:
 def generate(args) -> None:
     from llama3 import assets
     from llama3.export import generate_text, load_model
-    from trainer.checkpoint import Checkpoint
 
     if args.resume_from:
         named = f"{args.save_dir}/{args.resume_from}" if args.resume_from in ("last", "best") else args.resume_from
-        source = Checkpoint.open_whole(existing(named, "--resume_from"))
-        source.verify()
-        tokenizer = assets.load_tokenizer(args.given.get("tokenizer_id") or source.state.get("tokenizer_id") or args.tokenizer_id)
-        config = source.state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict()
+        source, config, tokenizer = open_checkpoint(args, named, "--resume_from")
         model = load_model(config, source.parameters(), args.precision)
     else:
         tokenizer = assets.load_tokenizer(args.tokenizer_id)
         model = load_model(assets.model_folder(args.model_id), None, args.precision)
     print(generate_text(model, tokenizer, args.generate, args.max_new_tokens, args.seed))
+
+
+def open_checkpoint(args, path: str, flag: str):
+    """(checkpoint, its model's configuration, tokenizer), verified."""
+    from llama3 import assets
+    from trainer.checkpoint import Checkpoint
+
+    source = Checkpoint.open_whole(existing(path, flag))
+    source.verify()
+    # nnScaler's own demo writes no more than weights and optimizer: then the flags must say what model they are of.
+    config = source.state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict()
+    tokenizer_id = args.given.get("tokenizer_id") or source.state.get("tokenizer_id") or args.tokenizer_id
+    return source, config, assets.load_tokenizer(tokenizer_id)
 
 
 def verify_resume(args) -> None:

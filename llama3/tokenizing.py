@@ -27,6 +27,8 @@ from llama3.sources import BadSample, Chunk, Document, Source, documents, split_
 
 ENCODE_BYTES = 1 << 18  # of text given to the tokenizer at once
 KEY_TOKENS = 4096  # documents equal in their first so many tokens fall into the same split
+# By what `tokenizers` cuts for ByteLevel(use_regex=True): GPT-2's own.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8())), ("starts", pa.bool_()), ("key", pa.uint64())])
 
 
@@ -218,33 +220,44 @@ class Encoder:
 
 
 def as_tiktoken(backend):
-    """The same tokenizer in tiktoken, which is five times as fast, or None if it is not of the kind that Llama 3's is.
+    """The same tokenizer in tiktoken, which is five times as fast, or None if it is not byte-level BPE as Llama 3's and GPT-2's are.
 
-    That is byte-level BPE which takes whole words first and merges in the order of the ids, cut into words by one regular expression.
+    Those cut text into words by one regular expression, and merge in the order of the ids.
     """
     facts = json.loads(backend.to_str())
-    model, cutting = facts["model"], (facts["pre_tokenizer"] or {}).get("pretokenizers", [])
-    kinds = [step["type"] for step in cutting]
-    if facts["normalizer"] or not model.get("ignore_merges") or kinds != ["Split", "ByteLevel"] or "Regex" not in cutting[0]["pattern"]:
-        return None
-    if cutting[0]["behavior"] != "Isolated" or cutting[0]["invert"] or cutting[1]["use_regex"] or cutting[1]["add_prefix_space"]:
-        return None
-    if not all(token["special"] for token in facts["added_tokens"]):
+    model, pattern = facts["model"], _word_pattern(facts["pre_tokenizer"] or {})
+    added = {token["content"]: token["special"] for token in facts["added_tokens"]}
+    if facts["normalizer"] or model["type"] != "BPE" or pattern is None or not all(added.values()):
         return None
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     bytes_of = {chr(byte): byte for byte in printable}  # how the byte-level alphabet writes them
     bytes_of |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(printable)))}
-    vocabulary = model["vocab"]
-    merged = [vocabulary["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
-    if merged != sorted(merged) or not set(bytes_of) <= set(vocabulary):
-        return None
     try:
         import tiktoken
 
-        ranks = {bytes(map(bytes_of.__getitem__, token)): index for token, index in vocabulary.items()}
-        return tiktoken.Encoding("model's own", pat_str=cutting[0]["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={})
+        merged = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
+        ranks = {bytes(map(bytes_of.__getitem__, token)): index for token, index in model["vocab"].items() if token not in added}
+        encoding = tiktoken.Encoding("model's own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        texts = [text for token in ranks if (text := token.decode(errors="ignore")).encode() == token]
+        same = encoding.encode_ordinary_batch(texts) == [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return encoding if same and merged == sorted(merged) else None
     except (ImportError, KeyError, ValueError):  # not installed, or not that kind after all
         return None
+
+
+def _word_pattern(cutting: dict) -> str | None:
+    """The one regular expression by which a pre-tokenizer cuts text into words; None if it does more than that."""
+    match cutting.get("pretokenizers", [cutting]):
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+        ]:
+            return pattern
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            return GPT2_WORDS
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            return r"\p{N}|\s+(?=\p{N})|" + GPT2_WORDS  # a digit ends the text before it, spaces included
+    return None
 
 
 # ---- parts ----

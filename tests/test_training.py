@@ -3,18 +3,20 @@
 import json
 import math
 import shutil
+import threading
 
 import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, python, rows, run_cases, torchrun
+from conftest import python, rows, run_cases, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import GlobalBatchSampler
+from trainer.trainer import _ahead
 
 RANKS = (1, 2, 4)
 GLOBAL_BATCH = 8
@@ -283,5 +285,23 @@ def test_a_resume_with_nothing_to_do_touches_no_file(runs, flags, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_root_holds_the_script():
-    assert (ROOT / "train.py").is_file()
+def test_batches_are_made_before_they_are_asked_for_and_in_order():
+    made, fifth = [], threading.Event()
+
+    def items():
+        for number in range(8):
+            made.append(number)
+            if number == 4:
+                fifth.set()
+            yield number
+        raise OSError("the disk is gone")
+
+    batches = _ahead(items())
+    assert made == []  # nothing runs before training does
+    assert next(batches) == 0
+    assert fifth.wait(timeout=60), "four more are made while the first is used"
+    assert max(made) <= 5  # and no more than that
+    assert [next(batches) for _ in range(7)] == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(OSError, match="the disk is gone"):  # where the batch would have come
+        next(batches)
+    assert list(_ahead(range(10))) == list(range(10)) and list(_ahead([None, 1])) == [None, 1]

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -27,7 +28,7 @@ import torch.distributed as dist
 import xxhash
 
 from trainer import foreign
-from trainer.tensorfile import Box, TensorFileError, TensorFileReader, TensorFileWriter
+from trainer.tensorfile import CHUNK_BYTES, Box, TensorFileError, TensorFileReader, TensorFileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,18 @@ class Checkpoint:
         if missing:
             raise CheckpointError(f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing")
         return result
+
+    def read_in_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in runs of whole rows, each in the memory of the one before."""
+        dtype, shape = self.tensors[name]
+        if not shape:
+            yield self.read(name)
+            return
+        rows = max(1, CHUNK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
+        memory = torch.empty((min(rows, shape[0]), *shape[1:]), dtype=dtype)
+        for first in range(0, shape[0], rows):
+            box = Box((first, *[0] * (len(shape) - 1)), (min(rows, shape[0] - first), *shape[1:]))
+            yield self.read(name, box, out=memory[: box.shape[0]])
 
     def hash_what_is_read(self) -> None:
         """From now on: a later `verify` needs no second pass over files that were read from front to back."""
@@ -403,7 +416,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def merge(source: str | Path, out_file: str | Path) -> Path:
-    """Merges a checkpoint folder into one safetensors file, tensor by tensor; raises CheckpointError if it is damaged.
+    """Merges a checkpoint folder into one safetensors file, a few rows at a time; raises CheckpointError if it is damaged.
 
     What is written is what `state` and every tensor hold, each tensor with its checksum: one portable file.
     """
@@ -417,7 +430,7 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
     with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer:
         checkpoint.hash_what_is_read()
         for name in checkpoint.tensors:
-            writer.add(name, checkpoint.read(name))
+            writer.add_in_parts(name, checkpoint.read_in_parts(name))
         checkpoint.verify()
         # Inside the header both are JSON texts in a JSON text.
         writer.replace_in_header(json.dumps(placeholders)[1:-1], json.dumps(json.dumps(writer.digests))[1:-1])

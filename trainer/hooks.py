@@ -3,10 +3,6 @@
 from trainer.args import HOOKS, HookConfig, load_type
 
 
-class TrainHook:
-    """Base class for hooks: define those wanted of `trainer.args.HOOKS`. Each gets the trainer first, then as in nnScaler."""
-
-
 def create(config) -> dict:
     """Callback name -> function, from a HookConfig, a HookMapConfig or None."""
     if config is None:

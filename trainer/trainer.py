@@ -1,5 +1,6 @@
 """Our implementation of nnScaler's Trainer: set-up, the loop, one step, validation."""
 
+import collections
 import contextlib
 import logging
 import math
@@ -10,6 +11,8 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,24 +241,26 @@ class Trainer:
             if paths and not link.exists() and self.rank == 0:
                 logger.warning("WARNING: %s names no checkpoint. Falling back to %s", link, paths[0])
         for index, path in enumerate(paths):
-            problem = self._verify(path)
+            source, problem = self._open_verified(path)
             if problem is None:
-                return Checkpoint.open(path)
+                return source
             if index + 1 == len(paths):
                 raise CheckpointError(problem)
             if self.rank == 0:
                 logger.warning("WARNING: %s. Falling back to %s", problem, paths[index + 1])
         return None
 
-    def _verify(self, path: Path) -> str | None:
-        problem = None
+    def _open_verified(self, path: Path) -> tuple[Checkpoint | None, str | None]:
+        """The checkpoint, each rank having checked its share of it, and what any of them found wrong."""
+        source, problem = None, None
         try:
-            Checkpoint.open(path).verify(self.rank, self.world_size)
+            source = Checkpoint.open(path)
+            source.verify(self.rank, self.world_size)
         except CheckpointError as error:
             problem = str(error)
         problems = [None] * self.world_size
         dist.all_gather_object(problems, problem, group=self.control)
-        return next((problem for problem in problems if problem), None)
+        return source, next((problem for problem in problems if problem), None)
 
     def _restore(self, source: Checkpoint) -> None:
         """Optimizer, counters and random number generators from a checkpoint of any world size."""
@@ -295,7 +300,7 @@ class Trainer:
 
     def _train(self) -> None:
         args, state, last_step = self.train_args, self.state, self.last_step
-        batches = iter(self._train_loader())
+        batches = self._train_loader()
         skipped_in_a_row, epoch = 0, self._epoch(state.samples)
         self._hook("on_epoch_start", epoch)
         while state.step < last_step:
@@ -474,7 +479,7 @@ class Trainer:
 
     # ------------------------------------------------------------ data
 
-    def _train_loader(self) -> DataLoader:
+    def _train_loader(self) -> Iterator:
         args = self.train_args
         sampler_args = (args.dataset_sampler or DatasetSamplerConfig()).train_args
         self._sampler = GlobalBatchSampler(
@@ -490,10 +495,11 @@ class Trainer:
         )
         return self._loader(self.train_set, self._sampler, args.dataloader.train_args)
 
-    def _loader(self, dataset, sampler, loader_args: dict) -> DataLoader:
+    def _loader(self, dataset, sampler, loader_args: dict) -> Iterator:
+        """Batches, the next ones already being made. The dataset and the collate function are to be functions of the samples alone."""
         options = {key: value for key, value in loader_args.items() if key not in ("collate_fn", "drop_last")}
         options["generator"] = torch.Generator()  # the global one must not depend on how often a loader was started
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=_CollateOrNone(self.collate), **options)
+        return _ahead(DataLoader(dataset, batch_sampler=sampler, collate_fn=_CollateOrNone(self.collate), **options))
 
     def _to_device(self, batch):
         if isinstance(batch, dict):
@@ -633,6 +639,16 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _ahead(items: Iterable, count: int = 4) -> Iterator:
+    """The same items in order, `count` of them made in a thread before they are asked for."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "data") as thread:
+        made = collections.deque(thread.submit(next, iterator, end) for _ in range(count))
+        while (item := made.popleft().result()) is not end:
+            made.append(thread.submit(next, iterator, end))
+            yield item
 
 
 class _CollateOrNone:
