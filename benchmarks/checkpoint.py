@@ -6,6 +6,7 @@ cp's time over ours (above 1: faster than cp). `cp` leaves its bytes in the page
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -24,7 +25,11 @@ from trainer.checkpoint import Checkpoint, Piece, Saver  # noqa: E402
 from trainer.tensorfile import Box, TensorFileWriter  # noqa: E402
 
 
-def seconds(action) -> float:
+def seconds(action, *replaced: Path) -> float:
+    """Of the action alone: what it would replace is removed, and what was written before is on the disk."""
+    for path in replaced:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    os.sync()
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -65,12 +70,10 @@ def main(gib: float, repeats: int, folder: Path) -> None:
         saver.wait()
         took["save in the background, total"] = saver.total_seconds
         took["load and verify"] = seconds(lambda: [Checkpoint.open(last).verify(), *map(Checkpoint.open(last).read, names)])
-        took["merge"] = seconds(lambda: checkpoint.merge(last, merged))
-        took["export in bf16"] = seconds(lambda: export(last, exported))
-        took["cp"] = seconds(lambda: copy(last, copied, sync=False))
-        shutil.rmtree(copied)
-        took["cp, then sync"] = seconds(lambda: copy(last, copied, sync=True))
-        shutil.rmtree(copied)
+        took["merge"] = seconds(lambda: checkpoint.merge(last, merged), merged)
+        took["export in bf16"] = seconds(lambda: export(last, exported), exported)
+        took["cp"] = seconds(lambda: copy(last, copied, sync=False), copied)
+        took["cp, then sync"] = seconds(lambda: copy(last, copied, sync=True), copied)
         for name, value in took.items():
             found.setdefault(name, []).append(value)
     dist.destroy_process_group()

@@ -238,8 +238,10 @@ def as_tiktoken(backend):
         merged = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
         ranks = {bytes(map(bytes_of.__getitem__, token)): index for token, index in model["vocab"].items() if token not in added}
         encoding = tiktoken.Encoding("model's own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        texts = [text for token in ranks if (text := token.decode(errors="ignore")).encode() == token]
-        same = encoding.encode_ordinary_batch(texts) == [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        # Both take a word that is a token as a whole, if merging would lead there: of itself with ignore_merges, else tried for each.
+        whole = ranks if not model["ignore_merges"] else ()
+        texts = [text for token in whole if (text := token.decode(errors="ignore")).encode() == token]
+        same = [encoding.encode_ordinary(t) for t in texts] == [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
         return encoding if same and merged == sorted(merged) else None
     except (ImportError, KeyError, ValueError):  # not installed, or not that kind after all
         return None
