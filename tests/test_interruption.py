@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, environment, make_model, python, rows, run_cases, torchrun
 
+import train
 from trainer.checkpoint import Checkpoint
 
 EXACT = ("train_loss", "lr", "gnorm", "tokens", "epoch")
@@ -133,6 +134,37 @@ def test_a_rank_stopped_by_sigterm_exits_with_143(launch, heavier, tmp_path):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 143 and "Traceback" not in said, said
     assert Checkpoint.open(tmp_path / "c" / "last").state["step"] > saved
+
+
+def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path):
+    def trainer(name, *more):
+        folders = [f"--save_dir={tmp_path / name / 'ckpt'}", f"--log_dir={tmp_path / name / 'log'}"]
+        every = ["--save_every_n_train_steps=2", "--max_train_steps=5", "--global_batch_size=4"]
+        return train.build_trainer(train.parse_args([*flags, *every, *folders, *more]))
+
+    stopped, seen = trainer("stopped"), []
+
+    def stop_in_the_second_validation(_, __):
+        seen.append(stopped.state.step)
+        if seen.count(4) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped.hooks["on_val_step_end"] = stop_in_the_second_validation
+    with pytest.raises(SystemExit) as left:
+        stopped.run()
+    assert left.value.code == 143 and seen.count(4) == 2 < seen.count(2)
+    ckpt = tmp_path / "stopped" / "ckpt"
+    assert Checkpoint.open(ckpt / "last").state["step"] == 4 and Checkpoint.open(ckpt / "best").state["step"] == 2
+    assert list(rows(tmp_path / "stopped" / "log", "val_loss")) == [2]
+    trainer("stopped", "--resume_from=last").run()
+    trainer("whole").run()
+    assert list(rows(tmp_path / "whole" / "log", "val_loss")) == [2, 4, 5]
+    for key in ("train_loss", "val_loss"):
+        one, other = (rows(tmp_path / name / "log", key) for name in ("stopped", "whole"))
+        assert {step: row[key] for step, row in one.items()} == {step: row[key] for step, row in other.items()}
+    assert same_weights(ckpt, tmp_path / "whole" / "ckpt")
+    for link in ("last", "best"):
+        assert (ckpt / link).readlink() == (tmp_path / "whole" / "ckpt" / link).readlink()
 
 
 def test_torchrun_restarts_carry_on_by_themselves(launch, heavier, tmp_path):

@@ -38,13 +38,15 @@ HOOKS = (
 class TrainableModel(Protocol):
     """What a model may tell the engine beside `forward(batch) -> loss` or `(loss, ...)`. Every member is optional.
 
-    `layer_class`: the repeated layer's class; layers are sharded, recomputed and compiled one by one.
+    `layer_class`: the repeated layer's class; layers are sharded, recomputed and compiled one by one. `sharded_alone`: other large
+    modules, gathered one at a time.
     `name_prefix`: the wrapper's prefix (such as "model."), dropped from parameter names in checkpoints.
     `for_tracing`: a class of the same parameters and loss that nnScaler's tracer takes in this one's place. Its `whole_functions`
     are those not to look into: function -> the dims of its tensors, in nnScaler's notation.
     """
 
     layer_class: type
+    sharded_alone: "list[torch.nn.Module]"
     name_prefix: str
     for_tracing: TypeOrName
 

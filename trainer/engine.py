@@ -6,7 +6,6 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("auto", "nnscaler", "native")
 NNSCALER_VERSION = "0.8"
 TRANSFORMERS_VERSION = "4.48"  # nnScaler's tracer fails inside the modelling code of later ones
 INSTALLATION = "https://nnscaler.readthedocs.io/en/latest/installation.html"

@@ -41,7 +41,7 @@ class TrainState:
     tokens: int = 0
     updates: int = 0  # optimizer steps taken
     best_val_loss: float | None = None
-    validation_due: bool = False  # a SIGTERM came where it would have been
+    validation_due: bool = False  # a SIGTERM came before it was done
 
 
 class Trainer:
@@ -72,10 +72,8 @@ class Trainer:
                 return
             try:
                 self._hook("on_train_start")
-                first = self.options.get("validate_first") and self.state.step == 0
-                if self.val_set is not None and (first or self.state.validation_due):
+                if self.options.get("validate_first") and self.state.step == 0 and self.val_set is not None:
                     self._validate_and_log()
-                    self.state.validation_due = False
                 self._train()
                 self._hook("on_train_end")
             finally:
@@ -302,6 +300,9 @@ class Trainer:
         args, state, last_step = self.train_args, self.state, self.last_step
         batches = self._train_loader()
         skipped_in_a_row, epoch = 0, self._epoch(state.samples)
+        if state.validation_due:
+            before = self._epoch(state.samples - args.global_batch_size)
+            self._after_step(before, epoch > before, last_step, stop=False, save=False)
         self._hook("on_epoch_start", epoch)
         while state.step < last_step:
             began, epoch, first_sample = time.perf_counter(), self._epoch(state.samples), state.samples
@@ -369,8 +370,10 @@ class Trainer:
         best = False
         state.validation_due = val_due and stop and not last
         if val_due and self.val_set is not None and not state.validation_due:
-            val_loss = self._validate_and_log()
-            best = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
+            val_loss = self._validate_and_log(until_sigterm=not last)
+            if val_loss is None:
+                state.validation_due = stop = True
+            best = val_loss is not None and math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
             if best and save_due:
                 state.best_val_loss = val_loss
         if (save_due or save or stop) and not every.no_save:
@@ -442,8 +445,11 @@ class Trainer:
     # ------------------------------------------------------------ validation
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """The mean loss over the validation set, all ranks together: over its tokens where they are counted, else over its batches."""
+    def validate(self, until_sigterm: bool = False) -> float | None:
+        """The mean loss over the validation set, all ranks together: over its tokens where they are counted, else over its batches.
+
+        None: a SIGTERM came, and was not to wait for the end.
+        """
         args = self.train_args
         self._hook("on_val_start")
         self.model.eval()
@@ -455,6 +461,9 @@ class Trainer:
             len(self.val_set), args.micro_batch_size, rank=self.rank, world_size=self.world_size, shuffle=False, stop=stop
         )
         for batch in self._loader(self.val_set, sampler, args.dataloader.val_args or args.dataloader.train_args):
+            if until_sigterm and self._agree(self._signals[signal.SIGTERM])[0]:
+                self.model.train()
+                return None
             batch = self._to_device(batch)
             self._hook("on_val_step_start", [batch])
             output, _ = self._forward(batch)
@@ -468,8 +477,9 @@ class Trainer:
         self._hook("on_val_end", loss)
         return loss
 
-    def _validate_and_log(self) -> float:
-        val_loss = self.validate()
+    def _validate_and_log(self, until_sigterm: bool = False) -> float | None:
+        if (val_loss := self.validate(until_sigterm)) is None:
+            return None
         metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss)}
         self._hook("before_log_val_metrics", metrics)
         self._log(metrics, "val")
