@@ -13,6 +13,7 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -101,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Defaults, then the preset, then what was given; `given` names the latter. ValueError: contradictions."""
     given = vars(build_parser().parse_args(argv))
+    # As a shell does where no = stands before it.
+    given |= {name: os.path.expanduser(value) for name, value in given.items() if isinstance(value, str) and name != "generate"}
     chosen = [mode for mode in MODES if mode in given]
     if len(chosen) > 1:
         raise ValueError(f"--{' and --'.join(chosen)} exclude each other: give one of them, then the next")
@@ -464,14 +467,18 @@ def is_first_rank() -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the run failed, 2 wrong input, 143 stopped by SIGTERM after its save."""
+    """Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM after its save."""
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_first_rank() else logging.ERROR, stream=sys.stderr)
     for noisy in ("httpx", "datasets", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # text of any language is printed, whatever the terminal's
     try:
         args = parse_args(argv)
         if args.mode not in ("train", "evaluate") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"--{args.mode} runs in one process: start it with python instead of torchrun")
+        if args.mode != "train":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half done is cleaned up
         {
             "prepare_data": prepare,
             "train": train,
@@ -491,6 +498,10 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__name__ != "TrainingFailed":  # its module is not imported before it is needed
             raise
         return complain(str(error), 1)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print("train.py: stopped; the same command continues a preparation, --resume_from=last a training", file=sys.stderr)
+        return 130
 
 
 def complain(message: str, code: int) -> int:

@@ -41,6 +41,9 @@ def prepare(
     With the settings of an earlier preparation this does nothing, with others it refuses. Raises DataError and AssetError.
     """
     target = Path(dataset_path)
+    target = target.resolve() if target.is_symlink() else target
+    if not target.name or target.is_mount():
+        raise DataError(f"--dataset_path={dataset_path} cannot be renamed into place: name a folder inside it")
     if not 0 <= validation_fraction < 1:
         raise DataError(f"--validation_fraction is {validation_fraction}: give a fraction from 0 up to, but not, 1")
     if max_seq_len < 2:
@@ -217,12 +220,16 @@ def summary(path: Path, tokenizer) -> str:
     most = max(facts["documents_by_length"].values())
     for name, count in facts["documents_by_length"].items():
         lines.append(f"    {name:>17} {count:>12,} {'#' * max(1, round(40 * count / most))}")
-    row = datasets.load_from_disk(str(path / "train"))[0]
-    learned = Collator(len(row["input_ids"]), 1)([row])["labels"][0].numpy() != IGNORED
-    learned = np.concatenate([[False], learned[:-1]])[:160]
-    lines.append("  the first sample begins (what is learned in [[ ]]):")
+    for row in datasets.load_from_disk(str(path / "train")).take(100):
+        learned = Collator(len(row["input_ids"]), 1)([row])["labels"][0].numpy() != IGNORED
+        learned = np.concatenate([[False], learned[:-1]])
+        if learned.any():
+            break
+    begin = max(0, int(learned.argmax()) - 40)  # somewhat before what is learned
+    ids, learned = row["input_ids"][begin : begin + 160], learned[begin : begin + 160]
+    lines.append(f"  a sample, from its token {begin} (what is learned in [[ ]]):")
     changes = [0, *(np.flatnonzero(np.diff(learned)) + 1), len(learned)]
-    runs = [(tokenizer.decode(row["input_ids"][a:b]), learned[a]) for a, b in zip(changes, changes[1:], strict=False)]
+    runs = [(tokenizer.decode(ids[a:b]), learned[a]) for a, b in zip(changes, changes[1:], strict=False)]
     sample = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in runs)
     return "\n".join(lines + ["    " + line for line in sample.splitlines()])
 

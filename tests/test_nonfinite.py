@@ -88,6 +88,20 @@ def test_training_goes_on_as_if_the_skipped_steps_were_not_there(poisoned, run):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5)
 
 
+def test_a_run_that_explodes_keeps_what_was_good_and_names_it(flags, tmp_path):
+    common = [*flags, "--global_batch_size=4", "--save_every_n_train_steps=1", "--keep_last_n_checkpoints=1"]
+    common += [f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}"]
+    python("train.py", *common, "--max_train_steps=3")
+    (tmp_path / "c" / "best").unlink()  # which would be kept anyway
+    more = ["--max_train_steps=20", "--learning_rate=1e30", "--clip_gnorm=0", "--resume_from=last"]
+    done = python("train.py", *common, *more, check=False)
+    assert done.returncode == 1
+    assert f"the last good checkpoint is {tmp_path / 'c' / '0000-0003'}" in done.stderr
+    saved = {path.name for path in (tmp_path / "c").iterdir() if path.is_dir() and not path.is_symlink()}
+    assert saved <= {"0000-0003", "0000-0004"}  # what the exploding step itself left cannot be told from good weights
+    Checkpoint.open(tmp_path / "c" / "0000-0003").verify()
+
+
 def test_after_too_many_in_a_row_the_run_stops_and_saves_nothing(run, poisoned):
     out, codes = run
     assert codes["all"] == 1

@@ -31,7 +31,7 @@ def verify(script: Path, flags: list[str], folder: Path, ranks: int, steps: int)
         return [*launcher, *flags, *fixed, f"--save_dir={folder / run / 'checkpoints'}", f"--log_dir={folder / run / 'log'}", *more]
 
     logger.info("1 of 3: %d steps undisturbed on %d ranks", steps, ranks)
-    if _start(command("whole"), folder).wait():
+    if _run(command("whole"), folder):
         raise ValueError(f"the undisturbed run failed by itself; the end of {folder / 'output.txt'} says:\n{_tail(folder)}")
     for _ in range(5):  # a fast run may be over before it is killed: then again
         # The moment: while a save is under way, or some time after a step.
@@ -43,7 +43,7 @@ def verify(script: Path, flags: list[str], folder: Path, ranks: int, steps: int)
     else:
         raise ValueError("the run is over too soon to be killed: give more --max_train_steps")
     logger.info("3 of 3: resumed from the last checkpoint")
-    if _start(command("killed", "--resume_from=last"), folder).wait():
+    if _run(command("killed", "--resume_from=last"), folder):
         return f"the resumed run failed; the end of {folder / 'output.txt'} says:\n{_tail(folder)}"
     difference = first_difference(folder / "whole", folder / "killed")
     if difference is None:
@@ -62,6 +62,21 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
+def _run(command: list[str], folder: Path) -> int:
+    """The exit code; whoever stops this stops the run."""
+    process = _start(command, folder)
+    try:
+        return process.wait()
+    finally:
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    for pid in [*_children(process.pid), process.pid] if process.poll() is None else []:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
 def _kill_at(process: subprocess.Popen, run: Path, step: int, during_save: bool) -> bool:
     """SIGKILL to every process of the run, once `step` is logged (and, if so wanted, its save has begun); False: it was over before."""
     try:
@@ -73,9 +88,7 @@ def _kill_at(process: subprocess.Popen, run: Path, step: int, during_save: bool)
             time.sleep(0.001)
         return process.poll() is None
     finally:
-        for pid in [*_children(process.pid), process.pid] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
+        _kill(process)
 
 
 def _saved(run: Path, step: int) -> bool:

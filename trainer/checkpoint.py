@@ -238,16 +238,23 @@ def candidates(save_dir: Path, which: str) -> list[Path]:
     """Where `last` or `best` may be found, the most wanted first: what the link names, then for `last` every checkpoint, newest first."""
     link = save_dir / which
     first = [save_dir / link.readlink()] if link.is_symlink() else [link] if foreign.is_shards(link) else []
+    # A later one than the link names is of a run that was abandoned: the last resort.
+    limit = _step(first[0]) if first and _NAME.fullmatch(first[0].name) else math.inf
+    others = [path for path in checkpoints(save_dir) if path not in first] if which == "last" else []
+    others.sort(key=lambda path: _step(path) > limit)
     # A save killed between its two renames left the checkpoint that it was to replace under another name.
     first += [path.with_name(f".replaced-{path.name}") for path in first]
-    others = [path for path in checkpoints(save_dir) if path not in first] if which == "last" else []
     return [path for path in first if path.is_dir()] + others
 
 
 def checkpoints(save_dir: Path) -> list[Path]:
     """Finished checkpoint folders, newest first."""
     found = [path for path in save_dir.glob("*-*") if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: (int(path.name.split("-")[1]), path.stat().st_mtime_ns), reverse=True)
+    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 # ---------------------------------------------------------------- saving
@@ -263,7 +270,7 @@ class Saver:
     def __init__(self, save_dir: Path, keep_last: int | None, group):
         self.save_dir, self.keep_last, self.group = save_dir, keep_last, group
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
-        self._thread, self._error = None, None
+        self._thread, self._error, self._newest = None, None, None
 
     def save(self, name: str, pieces: list[Piece], state: dict, links: tuple[str, ...], in_background: bool = False) -> None:
         """Saves the pieces as `<save_dir>/<name>` and points `links` at it. In the background, training may go on at once."""
@@ -292,6 +299,17 @@ class Saver:
     @property
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` will raise."""
+        return self._error is not None
+
+    def prune(self) -> None:
+        """Removes what `keep_last` does not keep, once the last save has proved good; not while one is under way."""
+        if self._newest and self.keep_last is not None and not self.busy:
+            _prune(self.save_dir, self.keep_last, self._newest)
+            self._newest = None
 
     def _run(self, *args) -> None:
         try:
@@ -329,7 +347,7 @@ class Saver:
 
     def _publish(self, name: str, temporary: Path, files: dict, state: dict, links: tuple[str, ...]) -> None:
         """Everything is on disk but the names: from here on, each step leaves a whole checkpoint behind."""
-        body = {"state": state, "files": files}
+        body = json.loads(json.dumps({"state": state, "files": files}))  # as it will be read: keys are strings
         _write_json(temporary / MANIFEST, {**body, "checksum": _digest(body)})
         _fsync_folder(temporary)
         final, replaced = self.save_dir / name, self.save_dir / f".replaced-{name}"
@@ -341,8 +359,7 @@ class Saver:
             _swap_link(self.save_dir, link, name)
         _fsync_folder(self.save_dir)
         shutil.rmtree(replaced, ignore_errors=True)
-        if self.keep_last is not None:
-            _prune(self.save_dir, self.keep_last)
+        self._newest = final
 
     def _together(self, action: Callable | None, name: str) -> list:
         """Runs the action on the ranks that have one, and gives every result to all; one rank's failure is everybody's."""
@@ -375,9 +392,10 @@ def _swap_link(save_dir: Path, link: str, target: str) -> None:
     os.replace(temporary, save_dir / link)
 
 
-def _prune(save_dir: Path, keep: int) -> None:
+def _prune(save_dir: Path, keep: int, newest: Path) -> None:
+    """Keeps `keep` checkpoints from `newest` back; later ones are another run's, and left alone."""
     kept = {(save_dir / link).resolve() for link in ("last", "best")}
-    for path in checkpoints(save_dir)[keep:]:
+    for path in [path for path in checkpoints(save_dir) if _step(path) <= _step(newest)][keep:]:
         if path.resolve() not in kept:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = save_dir / f".replaced-{path.name}"
@@ -388,6 +406,8 @@ def _prune(save_dir: Path, keep: int) -> None:
 
 def clean_up(save_dir: Path) -> None:
     """Removes what a killed save left behind. A checkpoint set aside by a save that died before putting the new one is put back."""
+    for link in ("last", "best"):
+        (save_dir / f".{link}.new").unlink(missing_ok=True)
     for path in save_dir.glob(".*-*") if save_dir.is_dir() else []:
         if not _TEMPORARY.fullmatch(path.name):
             continue
@@ -429,8 +449,12 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
     metadata = {"state": json.dumps(checkpoint.state), "state_digest": _digest(checkpoint.state), "digests": placeholders}
     with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer:
         checkpoint.hash_what_is_read()
-        for name in checkpoint.tensors:
-            writer.add_in_parts(name, checkpoint.read_in_parts(name))
+        try:
+            for name in checkpoint.tensors:
+                writer.add_in_parts(name, checkpoint.read_in_parts(name))
+        except (ValueError, TypeError):  # of a damaged header: the checksum says which file's
+            checkpoint.verify()
+            raise
         checkpoint.verify()
         # Inside the header both are JSON texts in a JSON text.
         writer.replace_in_header(json.dumps(placeholders)[1:-1], json.dumps(json.dumps(writer.digests))[1:-1])
@@ -450,7 +474,8 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may not allow it, or not be one
+            temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- random number generators

@@ -25,6 +25,8 @@ class JsonlLogger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
+        # A validation may be made up for twice, if the run was stopped in between.
+        self._known = {(step, *json.loads(line)) for line in kept if _step(line) == step}
         if len(kept) < len(lines):
             temporary = self.path.with_suffix(".new")
             temporary.write_text("".join(line + "\n" for line in kept))
@@ -32,7 +34,13 @@ class JsonlLogger:
         self._file = open(self.path, "a", buffering=1)
 
     def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if (step, "step", *metrics) in self._known:
+            return
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def finalize(self) -> None:
         self._file.close()

@@ -4,6 +4,7 @@ The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's 
 library's own reader maps the whole file, and its writer wants every tensor at once; both would make memory grow with the model.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -129,13 +130,7 @@ class TensorFileReader:
     def tensor_digest(self, name: str) -> str:
         """The checksum of a tensor's bytes, read in chunks."""
         dtype, shape = self.tensors[name]
-        digest, buffer, left = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES)), math.prod(shape) * dtype.itemsize
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._data_start + self._starts[name])
-            while left and (count := file.readinto(buffer[: min(left, CHUNK_BYTES)])):
-                digest.update(buffer[:count])
-                left -= count
-        return digest.hexdigest()
+        return _digest(self.path, self._data_start + self._starts[name], math.prod(shape) * dtype.itemsize)
 
     def start_digest(self) -> None:
         self._digest, self._hashed = xxhash.xxh3_128(self._front), 0
@@ -144,7 +139,7 @@ class TensorFileReader:
         """The checksum of the whole file."""
         if self._digest is not None and self._data_start + self._hashed == self._size:
             return self._digest.hexdigest()
-        return file_digest(self.path)
+        return _digest(self.path, 0, self._size)
 
 
 class TensorFileWriter:
@@ -168,7 +163,7 @@ class TensorFileWriter:
         self._header, self._specs = encoded, specs
         self._checksums, self._hash = checksums, xxhash.xxh3_128()
         self._remaining = iter(specs)
-        self._file = open(path, "wb", buffering=0)
+        self._path, self._file = path, open(path, "wb", buffering=0)
         self._written = self._flushing = 0
         self._put(struct.pack("<Q", len(encoded)) + encoded)
 
@@ -181,14 +176,19 @@ class TensorFileWriter:
     def _put(self, data) -> None:
         view = memoryview(data)
         while view:
-            written = self._file.write(view[:CHUNK_BYTES])
+            try:
+                written = self._file.write(view[:CHUNK_BYTES])
+            except OSError as error:
+                error.filename = str(self._path)
+                raise
             if self._checksums:
                 self._hash.update(view[:written])
             view = view[written:]
             self._written += written
             if self._written - self._flushing >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
                 # The disk begins now what fsync would otherwise wait for at the end: Linux starts to write what it is told to forget.
-                os.posix_fadvise(self._file.fileno(), self._flushing, self._written - self._flushing, os.POSIX_FADV_DONTNEED)
+                with contextlib.suppress(OSError):  # a hint, which some file systems do not take
+                    os.posix_fadvise(self._file.fileno(), self._flushing, self._written - self._flushing, os.POSIX_FADV_DONTNEED)
                 self._flushing = self._written
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -228,10 +228,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def file_digest(path: Path) -> str:
-    """The file's xxh3 checksum, read in chunks."""
+def _digest(path: Path, start: int, size: int) -> str:
+    """The checksum of `size` bytes of the file, read in chunks."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        file.seek(start)
+        while size and (count := file.readinto(buffer[: min(size, CHUNK_BYTES)])):
             digest.update(buffer[:count])
+            size -= count
     return digest.hexdigest()

@@ -61,6 +61,7 @@ class Trainer:
         self.loggers = []
         self._signals = {signal.SIGTERM: False, signal.SIGUSR1: False}
         self._step_seconds, self._warned_of_shutdown, self._spare = 0.0, False, None
+        self._last_saved, self._last_good, self._save_postponed = None, None, False
 
     # ------------------------------------------------------------ the run
 
@@ -301,8 +302,8 @@ class Trainer:
         batches = self._train_loader()
         skipped_in_a_row, epoch = 0, self._epoch(state.samples)
         if state.validation_due:
-            before = self._epoch(state.samples - args.global_batch_size)
-            self._after_step(before, epoch > before, last_step, stop=False, save=False)
+            before = self._resumed.state["epoch"]
+            self._after_step(before, epoch > before, last_step, updated=True, stop=False, save=True)
         self._hook("on_epoch_start", epoch)
         while state.step < last_step:
             began, epoch, first_sample = time.perf_counter(), self._epoch(state.samples), state.samples
@@ -312,6 +313,9 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"]
             loss, gnorm, tokens, aggregated = self._train_step(micro_batches)
             updated = math.isfinite(loss) and math.isfinite(gnorm)
+            if updated:  # so what was saved before it is good
+                self._last_good = self._last_saved
+                self.saver.prune()
             state.step += 1
             state.samples = self._samples_after(state.samples)
             state.tokens += tokens
@@ -320,7 +324,9 @@ class Trainer:
             if self.scheduler and (args.lr_scheduler.interval == "step" or epoch_ended):
                 self._step_scheduler(1)
             self._step_seconds = seconds = time.perf_counter() - began
-            peak, stop, save = self._agree(peak_memory_gib(self.device), *self._signals.values())
+            peak, save_failed, stop, save = self._agree(peak_memory_gib(self.device), self.saver.failed, *self._signals.values())
+            if save_failed:
+                self.saver.wait()  # raises, on all ranks
             metrics = {
                 "epoch": epoch,
                 "train_loss": loss if math.isfinite(loss) else None,
@@ -342,15 +348,16 @@ class Trainer:
             self._hook("on_step_end", epoch, state.step, metrics, aggregated)
             if skipped_in_a_row >= self.options.get("max_skipped_steps", 3):
                 raise TrainingFailed(self._divergence_message(skipped_in_a_row))
-            self._after_step(epoch, epoch_ended, last_step, bool(stop), bool(save))
+            self._after_step(epoch, epoch_ended, last_step, updated, bool(stop), bool(save))
             if epoch_ended:
                 self._hook("on_epoch_end", epoch)
                 if state.step < last_step:
                     self._hook("on_epoch_start", epoch + 1)
         self.saver.wait()
+        self.saver.prune()
         self._log_save()
 
-    def _after_step(self, epoch: int, epoch_ended: bool, last_step: int, stop: bool, save: bool) -> None:
+    def _after_step(self, epoch: int, epoch_ended: bool, last_step: int, updated: bool, stop: bool, save: bool) -> None:
         """Validation and saves where they are due; a SIGTERM leaves from here."""
         args, state, every = self.train_args, self.state, self.train_args.checkpoint
         last = state.step == last_step
@@ -361,6 +368,9 @@ class Trainer:
             or bool(every.every_n_train_steps and state.step % every.every_n_train_steps == 0)
             or bool(epoch_ended and every.every_n_epochs and (epoch + 1) % every.every_n_epochs == 0)
         )
+        save_due |= self._save_postponed
+        self._save_postponed = save_due and not (updated or last)  # weights that give no loss are not worth keeping
+        save_due &= not self._save_postponed
         val_due = (
             save_due
             or last
@@ -373,6 +383,13 @@ class Trainer:
             val_loss = self._validate_and_log(until_sigterm=not last)
             if val_loss is None:
                 state.validation_due = stop = True
+            elif save_due and not math.isfinite(val_loss):
+                broken = f"the validation loss of step {state.step} is {val_loss}, so that step is not saved: {self._last_good_message()}"
+                if last:
+                    raise TrainingFailed(broken)
+                if self.rank == 0:
+                    logger.warning("WARNING: %s", broken)
+                save_due = False
             best = val_loss is not None and math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
             if best and save_due:
                 state.best_val_loss = val_loss
@@ -555,6 +572,7 @@ class Trainer:
         self._log_save()
         self.saver.save(name, self._pieces(), state, links, in_background=bool(self.options.get("async_save")))
         self.saver.blocked_seconds += waited
+        self._last_saved = self.save_dir / name
         if self.rank == 0:
             logger.info("%s %s", "saving in the background:" if self.options.get("async_save") else "saved", self.save_dir / name)
 
@@ -629,12 +647,17 @@ class Trainer:
             )
 
     def _divergence_message(self, count: int) -> str:
-        good = next(iter(checkpoint.candidates(self.save_dir, "last")), None)
-        rest = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before"
         return (
-            f"the loss or the gradient norm was not finite for {count} steps in a row, until step {self.state.step}: {rest}. "
-            "Lower --learning_rate, raise --warmup_steps, or look at the samples that metrics.jsonl names"
+            f"the loss or the gradient norm was not finite for {count} steps in a row, until step {self.state.step}: "
+            f"{self._last_good_message()}. Lower --learning_rate, raise --warmup_steps, or look at the samples that metrics.jsonl names"
         )
+
+    def _last_good_message(self) -> str:
+        """Names the last checkpoint from which a step succeeded, or that this run resumed."""
+        good = self._last_good or (self._resumed and self._resumed.path)
+        if good:
+            return f"the last good checkpoint is {good}"
+        return f"there is only {self._last_saved}, and no step succeeded after it" if self._last_saved else "no checkpoint was saved before"
 
     @contextlib.contextmanager
     def _signal_handlers(self):
@@ -653,12 +676,14 @@ class Trainer:
 
 def _ahead(items: Iterable, count: int = 4) -> Iterator:
     """The same items in order, `count` of them made in a thread before they are asked for."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1, "data") as thread:
+    iterator, end, thread = iter(items), object(), ThreadPoolExecutor(1, "data")
+    try:
         made = collections.deque(thread.submit(next, iterator, end) for _ in range(count))
         while (item := made.popleft().result()) is not end:
             made.append(thread.submit(next, iterator, end))
             yield item
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)  # whoever stops early does not wait for what nobody wants
 
 
 class _CollateOrNone:
