@@ -44,7 +44,7 @@ def draw(log_dir: Path) -> Path:
 
 def validation_summary(log_dir: Path) -> str:
     """The first and the last validation loss of the run, in nats per token."""
-    rows = [row for row in read_metrics(log_dir) if "val_loss" in row]
+    rows = [row for row in read_metrics(log_dir) if row.get("val_loss") is not None]
     if not rows:
         return "the run was not validated"
     first, last = rows[0], rows[-1]

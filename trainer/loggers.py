@@ -1,6 +1,7 @@
 """Where metrics go: a JSON object a line, and TensorBoard events beside it. Only rank 0 logs."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -10,7 +11,10 @@ METRICS = "metrics.jsonl"
 
 
 class JsonlLogger:
-    """Appends to `<log_dir>/metrics.jsonl`, floats at full precision. A resumed run continues the file: no step twice."""
+    """Appends to `<log_dir>/metrics.jsonl`, floats at full precision, null for what is not finite (JSON has no NaN).
+
+    A resumed run continues the file: no step twice.
+    """
 
     def __init__(self, log_dir: str | Path):
         self.path = Path(log_dir) / METRICS
@@ -36,8 +40,9 @@ class JsonlLogger:
     def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
         if (step, "step", *metrics) in self._known:
             return
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:
             error.filename = str(self.path)
             raise

@@ -329,9 +329,9 @@ class Trainer:
                 self.saver.wait()  # raises, on all ranks
             metrics = {
                 "epoch": epoch,
-                "train_loss": loss if math.isfinite(loss) else None,
+                "train_loss": loss,
                 "lr": lr,
-                "gnorm": gnorm if math.isfinite(gnorm) else None,
+                "gnorm": gnorm,
                 "tokens": state.tokens,
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds,
@@ -632,9 +632,8 @@ class Trainer:
         every = self.train_args.log_progress_every_n_train_steps
         if self.rank or not every or (self.state.step % every and self.state.step != last_step):
             return
-        shown = " ".join(f"{key}={metrics[key]:.4g}" for key in ("lr", "gnorm", "tokens_per_second") if metrics[key] is not None)
-        loss = "not finite" if metrics["train_loss"] is None else f"{metrics['train_loss']:.4f}"
-        logger.info("Epoch %d: %d/%d train_loss=%s %s", metrics["epoch"], self.state.step, last_step, loss, shown)
+        shown = " ".join(f"{key}={metrics[key]:.4g}" for key in ("lr", "gnorm", "tokens_per_second"))
+        logger.info("Epoch %d: %d/%d train_loss=%.4f %s", metrics["epoch"], self.state.step, last_step, metrics["train_loss"], shown)
 
     def _warn_of_skip(self, loss: float, gnorm: float, samples: list[int]) -> None:
         if self.rank == 0:
