@@ -464,7 +464,7 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """A name beside `path` that becomes it when the block ends well, and is removed when it does not."""
+    """A name beside `path` that becomes it when the block ends well, and is removed when it does not. OSError: `path` cannot be written."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -472,7 +472,8 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from None
+        error.filename = str(path)  # rather than the temporary one's
+        raise
     finally:
         with contextlib.suppress(OSError):  # the folder may not allow it, or not be one
             temporary.unlink(missing_ok=True)
