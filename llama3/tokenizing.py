@@ -324,6 +324,7 @@ _worker: dict = {}  # of a tokenizing process
 
 def _begin_worker(encoder: Encoder, text_column: str | None, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends the others when one died: not the parent's clean-up
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     _worker.update(encoder=encoder, text_column=text_column, folder=folder)
     parent = os.getppid()

@@ -7,7 +7,10 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
-from conftest import python
+from conftest import ROOT, environment, python
 from corpora import digest, documents_of, encoder_of, facts, make_texts, real_tokenizer, rows, small_tokenizer, write_jsonl
 
 from llama3 import data, packing, sources
@@ -153,6 +156,28 @@ def test_killed_and_started_again_the_result_is_the_same_bytes(tmp_path, tokeniz
 @pytest.mark.slow
 def test_killed_at_many_moments_the_result_is_the_same_bytes(tmp_path, tokenizer, small_chunks):
     check_kills(tmp_path, tokenizer, 25)
+
+
+def test_a_tokenizing_process_that_dies_ends_the_preparation_with_a_sentence(tmp_path, tiny):
+    source = write_jsonl(tmp_path / "a.jsonl", ["the people of the union " * 50] * 40_000)
+    flags = [f"--tokenizer_id={tiny}", f"--dataset_id={source}", "--max_seq_len=64", f"--dataset_path={tmp_path / 'p'}"]
+    command = [sys.executable, "train.py", "--prepare_data", *flags]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while len(list(tmp_path.glob("p.preparing/*/parts/*.json"))) < 4:
+                assert process.poll() is None, "it is over before a process could be ended"
+                time.sleep(0.005)
+            with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
+                workers = [int(pid) for pid in children.read().split()]
+            for pid in workers:  # the pool ends the others by SIGTERM: one that caught it could go on, and the pool wait for ever
+                status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                assert not int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1
+            os.kill(workers[0], signal.SIGKILL)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()  # if it hangs
+    assert process.returncode == 2 and "a tokenizing process was killed" in said and "Traceback" not in said, said
+    assert not (tmp_path / "p").exists()
 
 
 def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, tokenizer, small_chunks):
