@@ -17,16 +17,24 @@ from llama3.model import packed_attention  # noqa: E402
 
 
 def main(repeats: int = 15) -> None:
-    print(f"{'rows x tokens':16}{'pieces':>12}{'mask':>12}{'no bounds':>12}   milliseconds; in brackets: of the pieces' time")
+    print(
+        f"{'rows x tokens':16}{'pieces':>12}{'mask':>12}{'no bounds':>12}   milliseconds; in brackets: of the pieces' time"
+    )
     for B, T in ((2, 512), (2, 2048)):
         tensors = [torch.randn(B, 9, T, 64, requires_grad=True) for _ in range(3)]
         cuts = [0, T // 4, T // 2]
-        bounds = torch.tensor([row * T + cut for row in range(B) for cut in cuts] + [B * T], dtype=torch.int32)
+        bounds = torch.tensor(
+            [row * T + cut for row in range(B) for cut in cuts] + [B * T], dtype=torch.int32
+        )
         document = torch.bucketize(torch.arange(T), torch.tensor(cuts), right=True)
         mask = (document[:, None] == document) & torch.ones(T, T, dtype=torch.bool).tril()
         ways = {
-            "pieces": lambda tensors=tensors, bounds=bounds: packed_attention(None, *tensors, cu_seqlens=bounds)[0],
-            "mask": lambda tensors=tensors, mask=mask: F.scaled_dot_product_attention(*tensors, attn_mask=mask),
+            "pieces": lambda tensors=tensors, bounds=bounds: packed_attention(
+                None, *tensors, cu_seqlens=bounds
+            )[0],
+            "mask": lambda tensors=tensors, mask=mask: F.scaled_dot_product_attention(
+                *tensors, attn_mask=mask
+            ),
             "no bounds": lambda tensors=tensors: F.scaled_dot_product_attention(*tensors, is_causal=True),
         }
         took = {name: [] for name in ways}

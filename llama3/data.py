@@ -43,9 +43,13 @@ def prepare(
     target = Path(dataset_path)
     target = target.resolve() if target.is_symlink() else target
     if not target.name or target.is_mount():
-        raise DataError(f"--dataset_path={dataset_path} cannot be renamed into place: name a folder inside it")
+        raise DataError(
+            f"--dataset_path={dataset_path} cannot be renamed into place: name a folder inside it"
+        )
     if not 0 <= validation_fraction < 1:
-        raise DataError(f"--validation_fraction is {validation_fraction}: give a fraction from 0 up to, but not, 1")
+        raise DataError(
+            f"--validation_fraction is {validation_fraction}: give a fraction from 0 up to, but not, 1"
+        )
     if max_seq_len < 2:
         raise DataError(f"--max_seq_len is {max_seq_len}: a sample needs at least 2 tokens")
     from llama3.sources import Source
@@ -64,12 +68,16 @@ def prepare(
     if work.exists() or not _already_prepared(target, settings):
         with _only_one(work):
             if not _already_prepared(target, settings):  # else another process did it while this one waited
-                _prepare_alone(source, tokenizer, target, work, settings, skip_bad_samples, num_proc or _cores())
+                _prepare_alone(
+                    source, tokenizer, target, work, settings, skip_bad_samples, num_proc or _cores()
+                )
             shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def open_split(dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples: int | None = None):
+def open_split(
+    dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples: int | None = None
+):
     """Split 'train' or 'validation' as a datasets.Dataset of rows in numpy; of `max_samples`, always the same ones, evenly spaced.
 
     Raises DataError if it is not prepared, prepared with another sequence length, or with ids from `vocab_size` up.
@@ -93,7 +101,9 @@ def open_split(dataset_path: str | Path, split: str, max_seq_len: int, vocab_siz
     try:
         dataset = datasets.load_from_disk(str(path / split))
     except Exception as error:  # datasets raises all sorts of them for a damaged or newer folder
-        raise DataError(f"{path}/{split} (datasets {facts['datasets']}) cannot be read: {error}. Prepare it again.") from error
+        raise DataError(
+            f"{path}/{split} (datasets {facts['datasets']}) cannot be read: {error}. Prepare it again."
+        ) from error
     if max_samples is not None and len(dataset) > max_samples:
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int))
     return dataset.with_format("numpy")
@@ -136,7 +146,9 @@ class Collator:
         )
 
 
-def _prepare_alone(source, tokenizer, target: Path, work: Path, settings: dict, skip_bad_samples: bool, num_proc: int) -> None:
+def _prepare_alone(
+    source, tokenizer, target: Path, work: Path, settings: dict, skip_bad_samples: bool, num_proc: int
+) -> None:
     from llama3.packing import pack
     from llama3.tokenizing import Encoder, tokenize
 
@@ -152,7 +164,9 @@ def _prepare_alone(source, tokenizer, target: Path, work: Path, settings: dict, 
     if bad and not skip_bad_samples:
         examples = "\n  ".join([example for part in parts for example in part["bad_examples"]][:5])
         what = f"{bad} bad sample{'s' * (bad > 1)}"
-        raise DataError(f"{source.dataset_id} has {what}:\n  {examples}\nMend or remove them, or leave them out with --skip_bad_samples.")
+        raise DataError(
+            f"{source.dataset_id} has {what}:\n  {examples}\nMend or remove them, or leave them out with --skip_bad_samples."
+        )
     result = folder / "result"
     shutil.rmtree(result, ignore_errors=True)
     facts = dict(
@@ -188,7 +202,10 @@ def _already_prepared(target: Path, settings: dict) -> bool:
     wanted = json.loads(json.dumps(settings))
     other = [name for name in wanted if facts["settings"].get(name) != wanted[name]]
     if other:
-        short = {name: f"{name} {facts['settings'].get(name)}, now {wanted[name]}" for name in ("max_seq_len", "seed", "text_column")}
+        short = {
+            name: f"{name} {facts['settings'].get(name)}, now {wanted[name]}"
+            for name in ("max_seq_len", "seed", "text_column")
+        }
         short["source"] = f"another source or changed files (it was {facts['dataset_id']})"
         short["tokenizer"] = "another tokenizer"
         short["validation_fraction"] = f"validation_fraction {facts['settings'].get('validation_fraction')}"
@@ -197,7 +214,9 @@ def _already_prepared(target: Path, settings: dict) -> bool:
             f"{target} is prepared with other settings ({differences}): choose another --dataset_path, or remove the folder to prepare anew"
         )
     left_out = f", {facts['bad_samples']} bad samples left out" if facts["bad_samples"] else ""
-    print(f"{target} is already prepared with these settings ({facts['samples']['train']:,} training samples{left_out}): nothing to do")
+    print(
+        f"{target} is already prepared with these settings ({facts['samples']['train']:,} training samples{left_out}): nothing to do"
+    )
     return True
 
 
@@ -214,8 +233,14 @@ def summary(path: Path, tokenizer) -> str:
     lines = [f"prepared {path}"]
     for split in ("train", "validation"):
         counts = [facts[name][split] for name in ("documents", "tokens", "samples", "dropped_tokens")]
-        lines.append("  {:<10} {:>12,} documents {:>15,} tokens {:>10,} samples {:>8,} tokens dropped at the end".format(split, *counts))
-    lines.append(f"  {facts['empty_samples']:,} empty samples skipped, {facts['bad_samples']:,} bad samples left out")
+        lines.append(
+            "  {:<10} {:>12,} documents {:>15,} tokens {:>10,} samples {:>8,} tokens dropped at the end".format(
+                split, *counts
+            )
+        )
+    lines.append(
+        f"  {facts['empty_samples']:,} empty samples skipped, {facts['bad_samples']:,} bad samples left out"
+    )
     lines.append("  documents by length in tokens:")
     most = max(facts["documents_by_length"].values())
     for name, count in facts["documents_by_length"].items():
@@ -238,7 +263,12 @@ def _fingerprint(tokenizer) -> str:
     """Hash of what decides the token ids, the same in every version of the libraries."""
     probe = "Hello, world!  1790's\n\tnaïve 中文 <|end_of_text|>"
     ids = tokenizer(probe)["input_ids"]
-    facts = [sorted(tokenizer.get_vocab().items()), ids, document_separator(tokenizer), tokenizer.chat_template]
+    facts = [
+        sorted(tokenizer.get_vocab().items()),
+        ids,
+        document_separator(tokenizer),
+        tokenizer.chat_template,
+    ]
     return _hash(facts)
 
 
@@ -265,7 +295,9 @@ def _only_one(work: Path):
             except BlockingIOError:
                 print(f"another process is preparing in {work}: waiting for it")
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            if work.exists() and os.path.samestat(os.fstat(handle), work.stat()):  # not removed by the one that was done
+            if work.exists() and os.path.samestat(
+                os.fstat(handle), work.stat()
+            ):  # not removed by the one that was done
                 yield
                 return
         finally:

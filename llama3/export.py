@@ -31,12 +31,18 @@ def export_hf(
     memory. An earlier export in `folder` is replaced; anything else there is refused with a ValueError.
     """
     if folder.exists() and any(folder.iterdir()) and not _is_export(folder):
-        raise ValueError(f"{folder} holds something other than an exported model: choose another --output_path")
+        raise ValueError(
+            f"{folder} holds something other than an exported model: choose another --output_path"
+        )
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with writer(temporary / "model.safetensors", {name: (DTYPES[dtype], shape) for name, shape in shapes.items()}, MARK) as file:
+        with writer(
+            temporary / "model.safetensors",
+            {name: (DTYPES[dtype], shape) for name, shape in shapes.items()},
+            MARK,
+        ) as file:
             for name, tensor in tensors:
                 file.add(name, tensor.to(DTYPES[dtype]))
             file.finish()
@@ -71,12 +77,20 @@ def generation_config(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -
     """Generation stops at the end of a turn and at the end of a document, whichever of them the tokenizer has."""
     stops = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
     vocabulary = tokenizer.get_vocab()
-    stops += [vocabulary[token] for token in ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>") if token in vocabulary]
+    stops += [
+        vocabulary[token]
+        for token in ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+        if token in vocabulary
+    ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else None
-    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=sorted(set(stops)) or None, pad_token_id=pad)
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=sorted(set(stops)) or None, pad_token_id=pad
+    )
 
 
-def load_model(source: Path | dict, tensors: Iterable[tuple[str, torch.Tensor]] | None, dtype: str) -> LlamaForCausalLM:
+def load_model(
+    source: Path | dict, tensors: Iterable[tuple[str, torch.Tensor]] | None, dtype: str
+) -> LlamaForCausalLM:
     """transformers' model from its folder, or from a configuration and named tensors."""
     if tensors is None:
         return LlamaForCausalLM.from_pretrained(source, **{DTYPE: DTYPES[dtype]}).eval()
@@ -84,7 +98,9 @@ def load_model(source: Path | dict, tensors: Iterable[tuple[str, torch.Tensor]] 
     config.use_cache = True
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    missing = model.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in tensors}, strict=False, assign=True).missing_keys
+    missing = model.load_state_dict(
+        {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors}, strict=False, assign=True
+    ).missing_keys
     if config.tie_word_embeddings:
         missing = [name for name in missing if name != "lm_head.weight"]
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -94,7 +110,9 @@ def load_model(source: Path | dict, tensors: Iterable[tuple[str, torch.Tensor]] 
     return model.eval()
 
 
-def generate_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, seed: int) -> str:
+def generate_text(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, seed: int
+) -> str:
     """The prompt and its continuation, sampled with the seed (temperature 0.7, nucleus 0.9)."""
     set_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).input_ids

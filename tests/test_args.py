@@ -54,7 +54,14 @@ def make(**changes):
         ({"grad_accumulation_steps": 8}, (16, 8, 8)),
         ({"micro_batch_size": 2, "global_batch_size": 64}, (64, 16, 16)),
         ({"micro_batch_size": 2, "global_batch_size": 64, "grad_accumulation_steps": 16}, (64, 16, 16)),
-        ({"compute_config": compute(plan=2, runtime=4), "micro_batch_size": 3, "grad_accumulation_steps": 2}, (12, 2, 2)),
+        (
+            {
+                "compute_config": compute(plan=2, runtime=4),
+                "micro_batch_size": 3,
+                "grad_accumulation_steps": 2,
+            },
+            (12, 2, 2),
+        ),
     ],
 )
 def test_batch_sizes_follow_from_each_other(given, derived):
@@ -63,7 +70,9 @@ def test_batch_sizes_follow_from_each_other(given, derived):
 
 
 def test_indivisible_batch_names_the_sizes_that_fit():
-    with pytest.raises(ValueError, match=r"micro_batch_size 10 x 4 data-parallel ranks .* 64: use micro_batch_size 4 or 8"):
+    with pytest.raises(
+        ValueError, match=r"micro_batch_size 10 x 4 data-parallel ranks .* 64: use micro_batch_size 4 or 8"
+    ):
         make(compute_config=compute(runtime=4), micro_batch_size=10, global_batch_size=64)
 
 
@@ -75,7 +84,13 @@ def test_inconsistent_batch_sizes_are_refused():
 def test_all_problems_come_at_once():
     with pytest.raises(ValueError) as caught:
         make(micro_batch_size=0, max_train_steps=None, precision="fp64", run_mode="walk", model=ModelConfig())
-    for word in ("micro_batch_size is 0", "max_epochs or max_train_steps", "fp64", "run_mode is 'walk'", "model: type is required"):
+    for word in (
+        "micro_batch_size is 0",
+        "max_epochs or max_train_steps",
+        "fp64",
+        "run_mode is 'walk'",
+        "model: type is required",
+    ):
         assert word in str(caught.value)
 
 
@@ -94,7 +109,10 @@ def test_runtime_ngpus_is_the_world_size_and_one_without_torchrun(world_size, ra
         (lambda: ComputeConfig(1, -1), "runtime_ngpus is -1"),
         (lambda: ComputeConfig(2, 3), "no multiple of plan_ngpus 2"),
         (lambda: ComputeConfig(1, 2, use_zero=True, zero_ngroups=0), "zero_ngroups is 0"),
-        (lambda: ComputeConfig(1, 4, use_zero=True, zero_ngroups=2, zero_use_reduce_scatter=True), "needs zero_ngroups 1"),
+        (
+            lambda: ComputeConfig(1, 4, use_zero=True, zero_ngroups=2, zero_use_reduce_scatter=True),
+            "needs zero_ngroups 1",
+        ),
         (lambda: ComputeConfig(1, 2, reducer_bucket_cap_mb=-1), "reducer_bucket_cap_mb"),
         (lambda: make(compute_config=ComputeConfig(1, 2)), "use_end2end"),
         (lambda: make(compute_config=None), "compute_config is required"),
@@ -107,7 +125,10 @@ def test_runtime_ngpus_is_the_world_size_and_one_without_torchrun(world_size, ra
         (lambda: CheckpointConfig(keep_last_n_checkpoints=0), "keep_last_n_checkpoints is 0"),
         (lambda: CheckpointConfig(save_type="zip"), "save_type is 'zip'"),
         (lambda: CheckpointConfig(save_dir=""), "save_dir is empty"),
-        (lambda: CheckpointConfig(no_save=True, resume_from=ResumeOptions("no/such/place")), "no/such/place does not exist"),
+        (
+            lambda: CheckpointConfig(no_save=True, resume_from=ResumeOptions("no/such/place")),
+            "no/such/place does not exist",
+        ),
         (lambda: make(lr_scheduler=LRSchedulerConfig()), "lr_scheduler: type"),
         (lambda: make(dataset_sampler=DatasetSamplerConfig(type=None)), "dataset_sampler: type"),
         (lambda: make(dataloader=DataloaderConfig(val_args={"batch_size": 2})), "use micro_batch_size"),
@@ -151,7 +172,9 @@ def test_resume_from_takes_a_plain_string(tmp_path):
     ],
 )
 def test_precision_resolves_to_param_buffer_input(precision, resolved):
-    assert make(precision=precision).precision == dict(zip(("param", "buffer", "input"), resolved, strict=True))
+    assert make(precision=precision).precision == dict(
+        zip(("param", "buffer", "input"), resolved, strict=True)
+    )
 
 
 def test_types_are_dotted_names_or_callables():
@@ -161,11 +184,15 @@ def test_types_are_dotted_names_or_callables():
 
 def test_hook_map_has_the_29_callbacks():
     assert len(dataclasses.fields(HookMapConfig)) == 29
-    assert HookMapConfig(on_train_end="os.getpid") == pickle.loads(pickle.dumps(HookMapConfig(on_train_end="os.getpid")))
+    assert HookMapConfig(on_train_end="os.getpid") == pickle.loads(
+        pickle.dumps(HookMapConfig(on_train_end="os.getpid"))
+    )
 
 
 def test_to_dict_is_json_with_names_for_callables():
-    plain = make(model=ModelConfig(torch.nn.Linear, {"bias": True}), hook=HookMapConfig(on_train_end=print)).to_dict()
+    plain = make(
+        model=ModelConfig(torch.nn.Linear, {"bias": True}), hook=HookMapConfig(on_train_end=print)
+    ).to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["model"]["type"] == "torch.nn.modules.linear.Linear"
     assert plain["hook"]["on_train_end"] == "builtins.print"
@@ -194,11 +221,17 @@ REFUSED = {
     "dataloader.type": lambda: make(dataloader=DataloaderConfig("builtins.list")),
     "dataloader.test_args": lambda: make(dataloader=DataloaderConfig(test_args={"num_workers": 1})),
     "dataloader args": lambda: make(dataloader=DataloaderConfig(train_args={"shuffle": True})),
-    "dataset_sampler.type": lambda: make(dataset_sampler=DatasetSamplerConfig("torch.utils.data.RandomSampler")),
+    "dataset_sampler.type": lambda: make(
+        dataset_sampler=DatasetSamplerConfig("torch.utils.data.RandomSampler")
+    ),
     "dataset_sampler.test_args": lambda: make(dataset_sampler=DatasetSamplerConfig(test_args={"seed": 1})),
-    "dataset_sampler args": lambda: make(dataset_sampler=DatasetSamplerConfig(train_args={"drop_last": True})),
+    "dataset_sampler args": lambda: make(
+        dataset_sampler=DatasetSamplerConfig(train_args={"drop_last": True})
+    ),
     "checkpoint.save_type": lambda: make(checkpoint=CheckpointConfig(save_type="merged")),
-    "resume_from.convert_fn": lambda: make(checkpoint=CheckpointConfig(resume_from=ResumeOptions(convert_fn="os.getpid"))),
+    "resume_from.convert_fn": lambda: make(
+        checkpoint=CheckpointConfig(resume_from=ResumeOptions(convert_fn="os.getpid"))
+    ),
     "precision 'fp16'": lambda: make(precision="fp16"),
     "precision 'bf16' for buffers": lambda: make(precision={"buffer": "bf16"}),
     "$!(": lambda: make(optimizer=OptimizerConfig("torch.optim.AdamW", {"lr": "$!(vars.lr)"})),
@@ -206,23 +239,74 @@ REFUSED = {
 }
 # ... what it honours ...
 HONOURED = {
-    *("compute_config.runtime_ngpus", "compute_config.use_end2end", "compute_config.use_zero", "compute_config.pas_config"),
-    *("model.type", "model.args", "optimizer.type", "optimizer.args", "optimizer.clip_gnorm", "optimizer.loss_reduction"),
-    *("optimizer.grad_reduction", "optimizer.aggregate_outputs_fn", "dataset.type", "dataset.train_args", "dataset.val_args"),
-    *("dataloader.train_args", "dataloader.val_args", "dataset_sampler.train_args", "dataset_sampler.val_args"),
+    *(
+        "compute_config.runtime_ngpus",
+        "compute_config.use_end2end",
+        "compute_config.use_zero",
+        "compute_config.pas_config",
+    ),
+    *(
+        "model.type",
+        "model.args",
+        "optimizer.type",
+        "optimizer.args",
+        "optimizer.clip_gnorm",
+        "optimizer.loss_reduction",
+    ),
+    *(
+        "optimizer.grad_reduction",
+        "optimizer.aggregate_outputs_fn",
+        "dataset.type",
+        "dataset.train_args",
+        "dataset.val_args",
+    ),
+    *(
+        "dataloader.train_args",
+        "dataloader.val_args",
+        "dataset_sampler.train_args",
+        "dataset_sampler.val_args",
+    ),
     *("lr_scheduler.type", "lr_scheduler.args", "lr_scheduler.interval"),
-    *("checkpoint.save_dir", "checkpoint.no_save", "checkpoint.save_type", "checkpoint.save_last", "checkpoint.save_best"),
+    *(
+        "checkpoint.save_dir",
+        "checkpoint.no_save",
+        "checkpoint.save_type",
+        "checkpoint.save_last",
+        "checkpoint.save_best",
+    ),
     *("checkpoint.symlink_best_and_last", "checkpoint.every_n_train_steps", "checkpoint.every_n_epochs"),
-    *("checkpoint.keep_last_n_checkpoints", "resume_from.checkpoint", "log.type", "log.args", "hook.type", "hook.args"),
+    *(
+        "checkpoint.keep_last_n_checkpoints",
+        "resume_from.checkpoint",
+        "log.type",
+        "log.args",
+        "hook.type",
+        "hook.args",
+    ),
     *(f"hook.{name}" for name in interface.HOOKS),
-    *("precision", "micro_batch_size", "global_batch_size", "grad_accumulation_steps", "max_epochs", "max_train_steps"),
+    *(
+        "precision",
+        "micro_batch_size",
+        "global_batch_size",
+        "grad_accumulation_steps",
+        "max_epochs",
+        "max_train_steps",
+    ),
     *("max_val_steps", "val_every_n_train_steps", "val_every_n_epochs", "enable_progress_bar"),
     *("log_progress_every_n_train_steps", "seed", "init_env_fn", "pas_policy"),
 }
 # ... and what cannot change the numbers of its training: it steers nnScaler's tracing, generated code or communication.
 WITHOUT_EFFECT = {
-    *("compute_config.constant_folding", "compute_config.trace_strategy", "compute_config.zero_use_reduce_scatter"),
-    *("compute_config.use_async_reducer", "compute_config.reducer_bucket_cap_mb", "compute_config.user_config"),
+    *(
+        "compute_config.constant_folding",
+        "compute_config.trace_strategy",
+        "compute_config.zero_use_reduce_scatter",
+    ),
+    *(
+        "compute_config.use_async_reducer",
+        "compute_config.reducer_bucket_cap_mb",
+        "compute_config.user_config",
+    ),
     *("gen_savedir", "gen_reuse", "broadcast_strategy", "instance_name", "dummy_sample_gen_fn"),
     *("resume_from.with_merged", "debug.check_gradient_sync_cross_devices"),
 }
@@ -250,7 +334,9 @@ def test_every_field_of_the_interface_is_supported_or_refused():
         "debug": interface.DebugConfig,
     }
     names = {field.name for field in dataclasses.fields(TrainerArgs)} - set(parts)
-    names |= {f"{part}.{field.name}" for part, cls in parts.items() for field in dataclasses.fields(cls)} - {"checkpoint.resume_from"}
+    names |= {f"{part}.{field.name}" for part, cls in parts.items() for field in dataclasses.fields(cls)} - {
+        "checkpoint.resume_from"
+    }
     names |= {f"hook.{field.name}" for field in dataclasses.fields(HookConfig)}
     assert names - HONOURED - WITHOUT_EFFECT - set(REFUSED) == set()
     assert (HONOURED | WITHOUT_EFFECT) - names == set()
@@ -260,7 +346,9 @@ def test_our_trainer_accepts_the_defaults_and_what_steers_code_generation():
     refuse_unsupported(make())
     refuse_unsupported(
         make(
-            compute_config=compute(use_zero=True, zero_use_reduce_scatter=True, constant_folding=True, pas_config={"_mine": 1}),
+            compute_config=compute(
+                use_zero=True, zero_use_reduce_scatter=True, constant_folding=True, pas_config={"_mine": 1}
+            ),
             gen_savedir="elsewhere",
             pas_policy="dp",
             precision="bf16",

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from corpora import real_tokenizer
+from helpers.corpora import real_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,8 +21,14 @@ def test_the_default_model_needs_no_hub():
     with torch.device("meta"):
         assert sum(p.numel() for p in LlamaForCausalLM(config).parameters()) == 8_030_261_248
     assert load_config(presets.LLAMA3_8B, num_hidden_layers=4).num_hidden_layers == 4
-    assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (128000, 128009, 8192)
-    assert (getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta})["rope_theta"] == 500000.0
+    assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (
+        128000,
+        128009,
+        8192,
+    )
+    assert (getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta})[
+        "rope_theta"
+    ] == 500000.0
 
 
 def test_the_llama3_tokenizer_has_its_layout_and_round_trips():
@@ -65,7 +71,9 @@ def test_the_packaged_model_is_whole_and_understands_english():
         ids = torch.tensor([tokenizer(path.read_text())["input_ids"][600:1112]])
         with torch.no_grad():
             losses.append(model(ids, labels=ids).loss.item())
-    assert 3.2 < sum(losses) / len(losses) < 3.6  # 3.6 to 4.7 if the rows of queries and keys stood in the file's order
+    assert (
+        3.2 < sum(losses) / len(losses) < 3.6
+    )  # 3.6 to 4.7 if the rows of queries and keys stood in the file's order
 
 
 @pytest.mark.slow
@@ -115,10 +123,16 @@ def test_rope_is_read_as_either_generation_of_transformers_wrote_it(tiny, tmp_pa
     shutil.copytree(tiny, tmp_path / "model")
     facts = json.loads((tmp_path / "model" / "config.json").read_text())
     facts.pop("rope_parameters", None), facts.pop("rope_theta", None)
-    facts |= {"rope_parameters": {"rope_theta": 70000.0, "rope_type": "default"}} if newer else {"rope_theta": 70000.0}
+    facts |= (
+        {"rope_parameters": {"rope_theta": 70000.0, "rope_type": "default"}}
+        if newer
+        else {"rope_theta": 70000.0}
+    )
     (tmp_path / "model" / "config.json").write_text(json.dumps(facts))
     config = load_config(str(tmp_path / "model"))
-    assert (getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta})["rope_theta"] == 70000.0
+    assert (getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta})[
+        "rope_theta"
+    ] == 70000.0
 
 
 def edited(tiny, folder, name, content):
@@ -138,7 +152,12 @@ BROKEN = {
     "no tokenizer": ("tokenizer.json", None, load_tokenizer, "--tokenizer_id=llama3"),
     "a torn tokenizer": ("tokenizer.json", b"{", load_tokenizer, "cannot be read"),
     "no weights": ("model.safetensors", None, weight_files, "--from_scratch"),
-    "torn weights": ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", weight_files, "not a whole safetensors file"),
+    "torn weights": (
+        "model.safetensors",
+        b"\x10\0\0\0\0\0\0\0{",
+        weight_files,
+        "not a whole safetensors file",
+    ),
 }
 
 

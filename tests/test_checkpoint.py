@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, environment, rows, run_cases
+from helpers.runs import ROOT, environment, rows, run_cases
 from safetensors.torch import load_file, save_file
 
 import train
@@ -68,30 +68,54 @@ def swap(one: Path, other: Path) -> None:
 
 # What is done to (newest, before), and what the sentence must say.
 FAULTS = {
-    "shard cut by a byte": (lambda c, b: (c / SHARDS[0]).write_bytes((c / SHARDS[0]).read_bytes()[:-1]), [SHARDS[0], "bytes"]),
+    "shard cut by a byte": (
+        lambda c, b: (c / SHARDS[0]).write_bytes((c / SHARDS[0]).read_bytes()[:-1]),
+        [SHARDS[0], "bytes"],
+    ),
     "shard cut in half": (lambda c, b: cut(c / SHARDS[1], 0.5), [SHARDS[1], "bytes"]),
     "shard empty": (lambda c, b: cut(c / SHARDS[0], 0), [SHARDS[0], "0 bytes"]),
-    "shard grown": (lambda c, b: (c / SHARDS[0]).write_bytes((c / SHARDS[0]).read_bytes() + b"x"), [SHARDS[0], "bytes"]),
+    "shard grown": (
+        lambda c, b: (c / SHARDS[0]).write_bytes((c / SHARDS[0]).read_bytes() + b"x"),
+        [SHARDS[0], "bytes"],
+    ),
     "bit flipped in the first byte": (lambda c, b: flip(c / SHARDS[0], 0), [SHARDS[0]]),
     "bit flipped in the header": (lambda c, b: flip(c / SHARDS[0], 200), [SHARDS[0]]),
-    "bit flipped in the middle": (lambda c, b: flip(c / SHARDS[1], (c / SHARDS[1]).stat().st_size // 2), [SHARDS[1], "checksum"]),
+    "bit flipped in the middle": (
+        lambda c, b: flip(c / SHARDS[1], (c / SHARDS[1]).stat().st_size // 2),
+        [SHARDS[1], "checksum"],
+    ),
     "bit flipped in the last byte": (lambda c, b: flip(c / SHARDS[0], -1), [SHARDS[0], "checksum"]),
     "shard missing": (lambda c, b: (c / SHARDS[1]).unlink(), [SHARDS[1], "missing"]),
     "all shards missing": (lambda c, b: [(c / s).unlink() for s in SHARDS], [SHARDS[0], "missing"]),
-    "shard is a folder": (lambda c, b: ((c / SHARDS[0]).unlink(), (c / SHARDS[0]).mkdir()), [SHARDS[0], "missing"]),
-    "shard is a dangling link": (lambda c, b: ((c / SHARDS[0]).unlink(), (c / SHARDS[0]).symlink_to("gone")), [SHARDS[0], "missing"]),
+    "shard is a folder": (
+        lambda c, b: ((c / SHARDS[0]).unlink(), (c / SHARDS[0]).mkdir()),
+        [SHARDS[0], "missing"],
+    ),
+    "shard is a dangling link": (
+        lambda c, b: ((c / SHARDS[0]).unlink(), (c / SHARDS[0]).symlink_to("gone")),
+        [SHARDS[0], "missing"],
+    ),
     "shard of another step": (lambda c, b: shutil.copy(b / SHARDS[0], c / SHARDS[0]), [SHARDS[0]]),
     "shards exchanged": (lambda c, b: swap(c / SHARDS[0], c / SHARDS[1]), ["shard-0000"]),
-    "shard of zeros": (lambda c, b: (c / SHARDS[0]).write_bytes(bytes((c / SHARDS[0]).stat().st_size)), [SHARDS[0]]),
+    "shard of zeros": (
+        lambda c, b: (c / SHARDS[0]).write_bytes(bytes((c / SHARDS[0]).stat().st_size)),
+        [SHARDS[0]],
+    ),
     "shard is a pickle": (lambda c, b: (c / SHARDS[0]).write_bytes(pickle.dumps([1])), [SHARDS[0], "bytes"]),
     "manifest missing": (lambda c, b: (c / "manifest.json").unlink(), [checkpoint.MANIFEST]),
     "manifest empty": (lambda c, b: cut(c / "manifest.json", 0), [checkpoint.MANIFEST]),
     "manifest cut": (lambda c, b: cut(c / "manifest.json", 0.7), [checkpoint.MANIFEST]),
     "manifest no JSON": (lambda c, b: (c / "manifest.json").write_text("step: 4"), [checkpoint.MANIFEST]),
-    "manifest not UTF-8": (lambda c, b: (c / "manifest.json").write_bytes(b"\xff\xfe\x00"), [checkpoint.MANIFEST]),
+    "manifest not UTF-8": (
+        lambda c, b: (c / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+        [checkpoint.MANIFEST],
+    ),
     "manifest a list": (lambda c, b: (c / "manifest.json").write_text("[]"), [checkpoint.MANIFEST]),
     "manifest of another step": (lambda c, b: shutil.copy(b / "manifest.json", c), ["shard-0000"]),
-    "manifest lies about the step": (lambda c, b: edit(c / "manifest.json", lambda m: m["state"].update(step=9)), ["manifest.json", "own"]),
+    "manifest lies about the step": (
+        lambda c, b: edit(c / "manifest.json", lambda m: m["state"].update(step=9)),
+        ["manifest.json", "own"],
+    ),
     "manifest lies about a size": (
         lambda c, b: edit(c / "manifest.json", lambda m: m["files"][SHARDS[0]].update(size=1)),
         [checkpoint.MANIFEST, "own checksum"],
@@ -105,7 +129,9 @@ FAULTS = {
         [checkpoint.MANIFEST, "own checksum"],
     ),
     "manifest names a file outside": (
-        lambda c, b: edit(c / "manifest.json", lambda m: m["files"].update({"../../x": {"size": 1, "xxh3_128": ""}})),
+        lambda c, b: edit(
+            c / "manifest.json", lambda m: m["files"].update({"../../x": {"size": 1, "xxh3_128": ""}})
+        ),
         [checkpoint.MANIFEST, "own checksum"],
     ),
 }
@@ -122,12 +148,22 @@ def test_a_damaged_checkpoint_is_refused_with_the_files_name(broken, fault):
     assert all(word in said for word in words) and "\n" not in said, said
 
 
-@pytest.mark.parametrize("fault", ["bit flipped in the middle", "manifest cut", "shard missing", "manifest missing"])
+@pytest.mark.parametrize(
+    "fault", ["bit flipped in the middle", "manifest cut", "shard missing", "manifest missing"]
+)
 def test_last_falls_back_to_the_newest_good_one_and_says_so(broken, flags, tmp_path, fault, capsys, caplog):
     folder, newest, before = broken
     caplog.set_level("INFO")
     FAULTS[fault][0](newest, before)
-    code = train.main([*flags, "--resume_from=last", "--max_train_steps=3", f"--save_dir={folder}", f"--log_dir={tmp_path / 'log'}"])
+    code = train.main(
+        [
+            *flags,
+            "--resume_from=last",
+            "--max_train_steps=3",
+            f"--save_dir={folder}",
+            f"--log_dir={tmp_path / 'log'}",
+        ]
+    )
     assert code == 0, capsys.readouterr().err
     assert f"resumed from {before}" in caplog.text
     assert f"Falling back to {before}" in caplog.text
@@ -137,7 +173,9 @@ def test_last_falls_back_to_the_newest_good_one_and_says_so(broken, flags, tmp_p
 def test_a_named_bad_checkpoint_is_never_replaced_by_another(broken, flags, tmp_path, capsys):
     folder, newest, before = broken
     flip(newest / SHARDS[0], -1)
-    code = train.main([*flags, f"--resume_from={newest}", f"--save_dir={folder}", f"--log_dir={tmp_path / 'log'}"])
+    code = train.main(
+        [*flags, f"--resume_from={newest}", f"--save_dir={folder}", f"--log_dir={tmp_path / 'log'}"]
+    )
     assert code == 2 and SHARDS[0] in capsys.readouterr().err
 
 
@@ -146,13 +184,24 @@ MERGED_FAULTS = {
     "empty": (lambda f: cut(f, 0), ["not a whole"]),
     "bit flipped in a tensor": (lambda f: flip(f, -5), ["tensor", "checksum"]),
     "header broken": (lambda f: flip(f, 8), ["not a whole"]),
-    "state altered": (lambda f: f.write_bytes(f.read_bytes().replace(b'\\"step\\": 4', b'\\"step\\": 5')), ["altered"]),
+    "state altered": (
+        lambda f: f.write_bytes(f.read_bytes().replace(b'\\"step\\": 4', b'\\"step\\": 5')),
+        ["altered"],
+    ),
     "tensors exchanged for zeros": (
-        lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2] + bytes(f.stat().st_size - f.stat().st_size // 2)),
+        lambda f: f.write_bytes(
+            f.read_bytes()[: f.stat().st_size // 2] + bytes(f.stat().st_size - f.stat().st_size // 2)
+        ),
         ["checksum"],
     ),
-    "state no JSON": (lambda f: f.write_bytes(f.read_bytes().replace(b'\\"step\\": 4', b'\\"step\\"; 4')), ["damaged"]),
-    "only weights": (lambda f: save_file({"model.x": torch.ones(2)}, f), ["no training state", "--merge_checkpoint"]),
+    "state no JSON": (
+        lambda f: f.write_bytes(f.read_bytes().replace(b'\\"step\\": 4', b'\\"step\\"; 4')),
+        ["damaged"],
+    ),
+    "only weights": (
+        lambda f: save_file({"model.x": torch.ones(2)}, f),
+        ["no training state", "--merge_checkpoint"],
+    ),
     "a text": (lambda f: f.write_text("hello, I am not a checkpoint"), ["not a whole"]),
 }
 
@@ -164,7 +213,9 @@ def test_a_damaged_merged_file_is_refused(broken, fault):
     damage(file)
     with pytest.raises(CheckpointError) as refused:
         Checkpoint.open(file).verify()
-    assert all(word in str(refused.value) for word in words) and "merged.ckpt" in str(refused.value), refused.value
+    assert all(word in str(refused.value) for word in words) and "merged.ckpt" in str(refused.value), (
+        refused.value
+    )
 
 
 class Payload:
@@ -203,10 +254,23 @@ def test_left_overs_are_cleaned_up_and_other_peoples_files_are_not(broken, flags
     (folder / ".saving-0000-0009").mkdir()
     (folder / ".saving-0000-0009" / SHARDS[0]).write_text("half")
     os.rename(newest, folder / f".replaced-{newest.name}")  # a save died between its two renames
-    mine = [folder / "notes.txt", folder / ".saving-notes", folder / "0000-0001-copy", folder / ".hidden-0000"]
+    mine = [
+        folder / "notes.txt",
+        folder / ".saving-notes",
+        folder / "0000-0001-copy",
+        folder / ".hidden-0000",
+    ]
     for path in mine:
         path.write_text("mine")
-    code = train.main([*flags, "--resume_from=last", "--max_train_steps=5", f"--save_dir={folder}", f"--log_dir={tmp_path / 'log'}"])
+    code = train.main(
+        [
+            *flags,
+            "--resume_from=last",
+            "--max_train_steps=5",
+            f"--save_dir={folder}",
+            f"--log_dir={tmp_path / 'log'}",
+        ]
+    )
     assert code == 0
     assert all(path.read_text() == "mine" for path in mine)
     assert newest.is_dir() and not list(folder.glob(".saving-0*")) + list(folder.glob(".replaced-*"))
@@ -221,7 +285,10 @@ def test_keeping_the_last_n_never_deletes_the_newest_or_the_best(flags, tmp_path
         f"--save_dir={tmp_path / 'c'}",
         f"--log_dir={tmp_path / 'l'}",
     ]
-    assert train.main([*common, "--max_train_steps=5", "--keep_last_n_checkpoints=2", "--learning_rate=1e-2"]) == 0
+    assert (
+        train.main([*common, "--max_train_steps=5", "--keep_last_n_checkpoints=2", "--learning_rate=1e-2"])
+        == 0
+    )
     kept = {path.name.split("-")[1] for path in checkpoint.checkpoints(tmp_path / "c")}
     best = min(rows(tmp_path / "l", "val_loss").values(), key=lambda row: row["val_loss"])["step"]
     assert kept == {"0004", "0005", f"{best:04d}"}
@@ -232,7 +299,14 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(broken, flags, tmp_path):
     """RLIMIT_FSIZE stands for the disk: no file may grow beyond it."""
     folder, newest, _ = broken
     limit = (newest / SHARDS[0]).stat().st_size  # one rank's shard is twice as large
-    command = [sys.executable, "train.py", *flags, "--resume_from=last", "--max_train_steps=6", f"--save_dir={folder}"]
+    command = [
+        sys.executable,
+        "train.py",
+        *flags,
+        "--resume_from=last",
+        "--max_train_steps=6",
+        f"--save_dir={folder}",
+    ]
     done = subprocess.run(
         [*command, f"--log_dir={tmp_path / 'log'}"],
         cwd=ROOT, env=environment(), capture_output=True, text=True,
@@ -263,9 +337,13 @@ def test_saving_in_the_background_gives_the_same_files(flags, tmp_path):
             one, other = (load_file(tmp_path / how / name / shard) for how in ("on", "off"))
             assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     costs = [
-        row for row in map(json.loads, (tmp_path / "on" / "log" / "metrics.jsonl").read_text().splitlines()) if "save_total_seconds" in row
+        row
+        for row in map(json.loads, (tmp_path / "on" / "log" / "metrics.jsonl").read_text().splitlines())
+        if "save_total_seconds" in row
     ]
-    assert len(costs) == 6 and all(0 < row["save_blocked_seconds"] <= row["save_total_seconds"] for row in costs[:-1])
+    assert len(costs) == 6 and all(
+        0 < row["save_blocked_seconds"] <= row["save_total_seconds"] for row in costs[:-1]
+    )
 
 
 def test_random_number_generators_are_part_of_a_checkpoint():
@@ -292,7 +370,10 @@ def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
         "one": torch.tensor(2.0),
     }
     with TensorFileWriter(
-        tmp_path / "ours", {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, {"k": "v"}, "file"
+        tmp_path / "ours",
+        {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()},
+        {"k": "v"},
+        "file",
     ) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
@@ -305,7 +386,13 @@ def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "box", [Box((0, 0, 0), (4, 3, 2)), Box((1, 0, 0), (2, 3, 2)), Box((1, 1, 0), (3, 2, 1)), Box((4, 0, 0), (0, 3, 2))]
+    "box",
+    [
+        Box((0, 0, 0), (4, 3, 2)),
+        Box((1, 0, 0), (2, 3, 2)),
+        Box((1, 1, 0), (3, 2, 1)),
+        Box((4, 0, 0), (0, 3, 2)),
+    ],
 )
 def test_any_box_of_a_tensor_can_be_read(tmp_path, box):
     tensor = torch.randn(4, 3, 2)
@@ -327,7 +414,9 @@ def test_tensors_sharded_in_two_dims_are_put_together(tmp_path, alone):
     parts = []
     for index, box in enumerate(quarters):
         with TensorFileWriter(
-            tmp_path / f"{index}", {"m": (torch.float32, box.shape)}, {"rng": "", "boxes": json.dumps({"m": [[6, 4], box.offsets]})}
+            tmp_path / f"{index}",
+            {"m": (torch.float32, box.shape)},
+            {"rng": "", "boxes": json.dumps({"m": [[6, 4], box.offsets]})},
         ) as file:
             file.add("m", matrix[box.slices].contiguous())
             file.finish()
@@ -342,7 +431,9 @@ def test_tensors_sharded_in_two_dims_are_put_together(tmp_path, alone):
 
 def test_what_json_makes_of_the_state_is_what_is_checked(tmp_path, alone):
     saver = checkpoint.Saver(tmp_path, None, dist.new_group(backend="gloo"))
-    state = {"model": {"id2label": {number: f"LABEL_{number}" for number in range(12)}}}  # keys sort otherwise as strings
+    state = {
+        "model": {"id2label": {number: f"LABEL_{number}" for number in range(12)}}
+    }  # keys sort otherwise as strings
     saver.save("0000-0001", [], state, ("last",))
     assert Checkpoint.open(tmp_path / "last").state["model"]["id2label"]["10"] == "LABEL_10"
 
@@ -358,8 +449,16 @@ def test_checkpoints_of_an_abandoned_future_are_neither_counted_nor_preferred(tm
 
 
 def test_a_failed_save_in_the_background_stops_the_run_at_the_next_step(flags, tmp_path, monkeypatch):
-    common = [*flags, "--global_batch_size=4", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}", "--max_train_steps=60"]
-    monkeypatch.setattr(checkpoint, "_write_json", lambda path, value: open("/dev/full", "w", buffering=1).write("x\n"))
+    common = [
+        *flags,
+        "--global_batch_size=4",
+        f"--save_dir={tmp_path / 'c'}",
+        f"--log_dir={tmp_path / 'l'}",
+        "--max_train_steps=60",
+    ]
+    monkeypatch.setattr(
+        checkpoint, "_write_json", lambda path, value: open("/dev/full", "w", buffering=1).write("x\n")
+    )
     assert train.main([*common, "--async_save=on", "--save_every_n_train_steps=30"]) == 1
     assert 30 <= max(rows(tmp_path / "l", "train_loss")) < 60
     assert not (tmp_path / "c" / "last").exists()

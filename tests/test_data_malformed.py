@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import facts, make_texts, small_tokenizer, write_jsonl
+from helpers.corpora import facts, make_texts, small_tokenizer, write_jsonl
 
 from llama3 import sources
 from llama3.data import prepare
@@ -17,7 +17,9 @@ GOOD = make_texts(30)
 def jsonl(*lines: bytes):
     """A good file with these lines in it, from line 4 on."""
     texts = [json.dumps({"text": text}).encode() for text in GOOD]
-    return lambda folder: (folder / "a.jsonl").write_bytes(b"\n".join([*texts[:3], *lines, *texts[3:]]) + b"\n")
+    return lambda folder: (folder / "a.jsonl").write_bytes(
+        b"\n".join([*texts[:3], *lines, *texts[3:]]) + b"\n"
+    )
 
 
 def parquet(column, name="text"):
@@ -140,7 +142,11 @@ def test_what_is_empty_is_skipped_and_counted(tmp_path, name):
     write(tmp_path / "in")
     prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64)
     known = facts(tmp_path / "p")
-    assert (known["empty_samples"], known["bad_samples"], sum(known["documents"].values())) == (empty, 0, len(GOOD))
+    assert (known["empty_samples"], known["bad_samples"], sum(known["documents"].values())) == (
+        empty,
+        0,
+        len(GOOD),
+    )
 
 
 # name: (how to write it, --dataset_id below the folder, what the complaint must contain)
@@ -151,9 +157,21 @@ USELESS = {
     "an empty folder": (lambda folder: None, "in", "has no .txt, .jsonl, .parquet file"),
     "a folder of other files": (lambda folder: (folder / "a.csv").write_text("x"), "in", "but a.csv"),
     "a file of another kind": (lambda folder: (folder / "a.csv").write_text("x"), "in/a.csv", "but a.csv"),
-    "nothing but empty files": (lambda folder: (folder / "a.jsonl").touch(), "in", "0 documents with 0 tokens"),
-    "nothing but empty texts": (lambda folder: write_jsonl(folder / "a.jsonl", ["", " "]), "in", "0 documents"),
-    "less than one sample": (lambda folder: write_jsonl(folder / "a.jsonl", ["a b c"]), "in", "fewer than one sample of --max_seq_len=64"),
+    "nothing but empty files": (
+        lambda folder: (folder / "a.jsonl").touch(),
+        "in",
+        "0 documents with 0 tokens",
+    ),
+    "nothing but empty texts": (
+        lambda folder: write_jsonl(folder / "a.jsonl", ["", " "]),
+        "in",
+        "0 documents",
+    ),
+    "less than one sample": (
+        lambda folder: write_jsonl(folder / "a.jsonl", ["a b c"]),
+        "in",
+        "fewer than one sample of --max_seq_len=64",
+    ),
 }
 
 
@@ -173,7 +191,9 @@ def test_the_first_few_of_many_bad_samples_are_named_and_all_are_counted(tmp_pat
     with pytest.raises(ValueError) as refused:
         prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
     assert "30 bad samples" in str(refused.value)
-    assert [f"a.jsonl:{line}:" in str(refused.value) for line in (1, 4, 7, 10, 13, 16)] == [True] * 5 + [False]
+    assert [f"a.jsonl:{line}:" in str(refused.value) for line in (1, 4, 7, 10, 13, 16)] == [True] * 5 + [
+        False
+    ]
 
 
 def test_line_numbers_hold_across_blocks_and_chunks(tmp_path, monkeypatch):
@@ -209,7 +229,9 @@ def test_a_line_too_long_is_named_and_the_next_is_read(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", [*GOOD[:5], "x" * 9000, *GOOD[5:], "y" * 6000])
     with pytest.raises(ValueError, match="2 bad samples") as refused:
         prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
-    assert "a.jsonl:6: the line is longer" in str(refused.value) and "a.jsonl:32: the line is longer" in str(refused.value)
+    assert "a.jsonl:6: the line is longer" in str(refused.value) and "a.jsonl:32: the line is longer" in str(
+        refused.value
+    )
     prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
     assert sum(facts(tmp_path / "p")["documents"].values()) == len(GOOD)
 

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import python
+from helpers.runs import python
 
 from trainer import engine
 
@@ -34,13 +34,20 @@ def test_asking_for_nnscaler_where_it_cannot_run_is_a_sentence(flags, tmp_path):
     done = python("train.py", *flags, "--engine=nnscaler", f"--save_dir={tmp_path}", check=False)
     assert done.returncode == 2
     sentence = done.stderr.strip().splitlines()[-1]
-    assert sentence.startswith("train.py: --engine=nnscaler: nnScaler ") and sentence.endswith("or use --engine=native")
+    assert sentence.startswith("train.py: --engine=nnscaler: nnScaler ") and sentence.endswith(
+        "or use --engine=native"
+    )
     assert missing() in sentence or "transformers" in sentence
     assert "Traceback" not in done.stderr
 
 
 def test_the_engine_is_the_first_line(flags, tmp_path):
-    argv = [f"--save_dir={tmp_path / 'ckpt'}", f"--log_dir={tmp_path / 'log'}", "--max_train_steps=1", "--engine=native"]
+    argv = [
+        f"--save_dir={tmp_path / 'ckpt'}",
+        f"--log_dir={tmp_path / 'log'}",
+        "--max_train_steps=1",
+        "--engine=native",
+    ]
     done = python("train.py", *flags, *argv)
     assert done.stderr.splitlines()[0] == "engine: native (--engine=native)"
 

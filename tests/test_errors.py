@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import python, torchrun
+from helpers.runs import python, torchrun
 
 import train
 
@@ -21,7 +21,10 @@ WRONG = {
     "another sequence length": (["--max_seq_len=64"], ["32", "--max_seq_len"]),
     "less data than a global batch": (["--global_batch_size=4096"], ["4096", "--global_batch_size"]),
     "unknown model folder": (["--model_id=./no-such-model"], ["no-such-model"]),
-    "batch sizes that do not divide": (["--micro_batch_size=3", "--global_batch_size=8"], ["3", "8", "divide", "micro_batch_size"]),
+    "batch sizes that do not divide": (
+        ["--micro_batch_size=3", "--global_batch_size=8"],
+        ["3", "8", "divide", "micro_batch_size"],
+    ),
     "batch sizes that contradict": (["--grad_accumulation_steps=3", "--global_batch_size=8"], ["3", "8"]),
     "resume path that is not there": (["--resume_from=./gone"], ["./gone", "last, best"]),
     "resume from a file that is no checkpoint": (["--resume_from=train.py"], ["train.py"]),
@@ -52,7 +55,9 @@ def test_evaluating_a_checkpoint_that_is_not_there_is_refused(flags, tmp_path, c
 def test_a_fresh_run_does_not_set_aside_what_it_reads(flags, tiny, tmp_path, capsys):
     (tmp_path / "ckpt" / "last").mkdir(parents=True)
     model = shutil.copytree(tiny, tmp_path / "ckpt" / "hf")
-    code, said = messages(capsys, *flags, f"--model_id={model}", f"--save_dir={tmp_path / 'ckpt'}", "--global_batch_size=4")
+    code, said = messages(
+        capsys, *flags, f"--model_id={model}", f"--save_dir={tmp_path / 'ckpt'}", "--global_batch_size=4"
+    )
     assert code == 2 and "would be set aside" in said and model.exists()
 
 
@@ -83,9 +88,19 @@ def test_weights_of_another_shape_are_refused(flags, tmp_path, tiny):
 
 
 def test_a_gated_model_without_a_token_names_variable_page_and_demo(prepared, tmp_path):
-    done = python("train.py", f"--dataset_path={prepared}", "--max_seq_len=32", check=False, HF_TOKEN="", HF_HOME=str(tmp_path))
+    done = python(
+        "train.py",
+        f"--dataset_path={prepared}",
+        "--max_seq_len=32",
+        check=False,
+        HF_TOKEN="",
+        HF_HOME=str(tmp_path),
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert all(w in done.stderr for w in ("HF_TOKEN", "https://huggingface.co/meta-llama/Meta-Llama-3-8B-Instruct", "--demo"))
+    assert all(
+        w in done.stderr
+        for w in ("HF_TOKEN", "https://huggingface.co/meta-llama/Meta-Llama-3-8B-Instruct", "--demo")
+    )
 
 
 def test_under_torchrun_one_clear_message_before_ranks_meet(flags):
@@ -115,7 +130,13 @@ def test_an_explicit_flag_beside_a_preset_wins():
 
 
 def test_an_explicit_batch_flag_beside_the_demo_wins():
-    assert train.batch_sizes(train.parse_args(["--demo"]), None) == {"global_batch_size": train.presets.DEMO["global_batch_size"]}
-    assert train.batch_sizes(train.parse_args(["--demo", "--grad_accumulation_steps=3"]), None) == {"grad_accumulation_steps": 3}
+    assert train.batch_sizes(train.parse_args(["--demo"]), None) == {
+        "global_batch_size": train.presets.DEMO["global_batch_size"]
+    }
+    assert train.batch_sizes(train.parse_args(["--demo", "--grad_accumulation_steps=3"]), None) == {
+        "grad_accumulation_steps": 3
+    }
     assert train.batch_sizes(train.parse_args([]), {"global_batch_size": 64}) == {"global_batch_size": 64}
-    assert train.batch_sizes(train.parse_args(["--global_batch_size=16"]), {"global_batch_size": 64}) == {"global_batch_size": 16}
+    assert train.batch_sizes(train.parse_args(["--global_batch_size=16"]), {"global_batch_size": 64}) == {
+        "global_batch_size": 16
+    }

@@ -9,9 +9,9 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, environment
-from corpora import facts, make_texts, rows
-from hub import serve
+from helpers.corpora import facts, make_texts, rows
+from helpers.hub import serve
+from helpers.runs import ROOT, environment
 
 SENTENCES = make_texts(2000, most=12)
 # Each case is tried in turn, in one process: what it gives or the error's words.
@@ -54,14 +54,24 @@ def hub(tiny):
     repos = {("models", f"here/{name}", "main"): model for name in good}
     repos |= {
         ("models", "here/other-kind", "main"): {"config.json": b'{"model_type": "gpt2"}'},
-        ("models", "here/pickled", "main"): {"config.json": model["config.json"], "pytorch_model.bin": b"\x80"},
-        ("datasets", "here/rows", "main"): {"train.jsonl": lines(SENTENCES[:300]), "test.jsonl": lines(SENTENCES[:5])},
+        ("models", "here/pickled", "main"): {
+            "config.json": model["config.json"],
+            "pytorch_model.bin": b"\x80",
+        },
+        ("datasets", "here/rows", "main"): {
+            "train.jsonl": lines(SENTENCES[:300]),
+            "test.jsonl": lines(SENTENCES[:5]),
+        },
         ("datasets", "here/gated", "main"): {"train.jsonl": lines(SENTENCES)},
         ("datasets", "here/no-train", "main"): {"test.jsonl": lines(SENTENCES)},
         ("datasets", "here/script", "main"): script,
-        ("datasets", "here/script", "refs/convert/parquet"): {f"{name}/train/0000.parquet": parquet(SENTENCES[:70]) for name in "ab"},
+        ("datasets", "here/script", "refs/convert/parquet"): {
+            f"{name}/train/0000.parquet": parquet(SENTENCES[:70]) for name in "ab"
+        },
         ("datasets", "bookcorpus/bookcorpus", "main"): script,
-        ("datasets", "bookcorpus/bookcorpus", "refs/convert/parquet"): {"plain_text/train/0000.parquet": parquet(SENTENCES)},
+        ("datasets", "bookcorpus/bookcorpus", "refs/convert/parquet"): {
+            "plain_text/train/0000.parquet": parquet(SENTENCES)
+        },
     }
     trouble = {
         "here/gated": ("gated", None),
@@ -103,7 +113,11 @@ def test_models_come_from_the_hub_and_its_troubles_are_sentences(hub, tmp_path):
         "no id": ("config", "a/b/c"),
     }
     found = try_all(cases, tmp_path, HF_ENDPOINT=hub)
-    assert found["config"] == 32 and found["tokenizer"] == 320 and "model.embed_tokens.weight" in found["weights"]
+    assert (
+        found["config"] == 32
+        and found["tokenizer"] == 320
+        and "model.embed_tokens.weight" in found["weights"]
+    )
     assert found["busy"] == found["dropping"] == 32, "what a retry cures is cured"
     for name in ("gated", "forbidden"):
         for word in ("gated", "HF_TOKEN", f"https://huggingface.co/here/{name}", "--demo"):
@@ -141,8 +155,14 @@ def test_without_a_network_or_offline_is_a_sentence_and_what_is_cached_is_used(h
     with socket.socket() as closed:  # a port where nobody listens
         closed.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        cases = {"cached": ("config", "here/good"), "model": ("config", "here/never"), "dataset": ("dataset", "here/never")}
-        unreachable = try_all({name: cases[name] for name in ("cached", "model")}, tmp_path, HF_ENDPOINT=nowhere)
+        cases = {
+            "cached": ("config", "here/good"),
+            "model": ("config", "here/never"),
+            "dataset": ("dataset", "here/never"),
+        }
+        unreachable = try_all(
+            {name: cases[name] for name in ("cached", "model")}, tmp_path, HF_ENDPOINT=nowhere
+        )
     offline = try_all(cases, tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
     assert unreachable["cached"] == offline["cached"] == 32
     for found, said in ((unreachable, "cannot be reached"), (offline, "HF_HUB_OFFLINE is set")):
@@ -150,8 +170,17 @@ def test_without_a_network_or_offline_is_a_sentence_and_what_is_cached_is_used(h
             assert said in found[name] and "--demo" in found[name], found[name]
 
 
-def test_bookcorpus_is_prepared_from_its_parquet_conversion_in_documents_of_a_sample_at_least(hub, tiny, tmp_path):
-    command = [sys.executable, "train.py", "--prepare_data", f"--model_id={tiny}", "--max_seq_len=64", f"--dataset_path={tmp_path / 'p'}"]
+def test_bookcorpus_is_prepared_from_its_parquet_conversion_in_documents_of_a_sample_at_least(
+    hub, tiny, tmp_path
+):
+    command = [
+        sys.executable,
+        "train.py",
+        "--prepare_data",
+        f"--model_id={tiny}",
+        "--max_seq_len=64",
+        f"--dataset_path={tmp_path / 'p'}",
+    ]
     env = environment(HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=hub)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -159,6 +188,8 @@ def test_bookcorpus_is_prepared_from_its_parquet_conversion_in_documents_of_a_sa
     assert sum(known["documents"].values()) < len(SENTENCES) / 2
     lengths = {name for name in known["documents_by_length"]}
     assert lengths == {"64-127"}, lengths
-    again = subprocess.run(command, cwd=ROOT, env=environment(HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=200)
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment(HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=200
+    )
     assert "already prepared" in again.stdout, "no hub is needed to find that nothing is to do"
     assert len(rows(tmp_path / "p", "train")) == known["samples"]["train"]

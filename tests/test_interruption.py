@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, make_model, python, rows, run_cases, torchrun
+from helpers.runs import ROOT, environment, make_model, python, rows, run_cases, torchrun
 
 import train
 from trainer.checkpoint import Checkpoint
@@ -23,7 +23,9 @@ def exact(log_dir):
 
 def same_weights(one, other):
     one, other = (dict(Checkpoint.open(folder / "last").parameters()) for folder in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,17 @@ def heavier(prepared, tmp_path_factory):
 
 def fuzz(heavier, folder, kills):
     seed = int(os.environ.get("KILL_SEED", int.from_bytes(os.urandom(3), "big")))
-    done = python("tests/killer.py", folder, kills, seed, *heavier, timeout=1500)
+    done = python("tests/helpers/killer.py", folder, kills, seed, *heavier, timeout=1500)
     summary = json.loads(done.stdout.splitlines()[-1])
     print(summary)
     assert summary["kills"] == kills and summary["during_save"] >= kills // 2, summary
     steps = summary["steps"]
-    undisturbed = [*heavier, f"--max_train_steps={steps}", f"--save_dir={folder / 'whole'}", f"--log_dir={folder / 'whole-log'}"]
+    undisturbed = [
+        *heavier,
+        f"--max_train_steps={steps}",
+        f"--save_dir={folder / 'whole'}",
+        f"--log_dir={folder / 'whole-log'}",
+    ]
     run_cases(folder, 2, {"whole": undisturbed})
     assert exact(folder / "log") == exact(folder / "whole-log") and len(exact(folder / "log")) == steps
     assert same_weights(folder / "ckpt", folder / "whole")
@@ -63,7 +70,16 @@ def launch():
 
     def start(*argv):
         command = [sys.executable, *map(str, argv)]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
         return started[-1]
 
     yield start
@@ -84,7 +100,9 @@ def workers(launcher) -> list[int]:
 
     def rank(pid):
         with open(f"/proc/{pid}/environ", "rb") as f:
-            return next((int(v.split(b"=")[1]) for v in f.read().split(b"\0") if v.startswith(b"RANK=")), None)
+            return next(
+                (int(v.split(b"=")[1]) for v in f.read().split(b"\0") if v.startswith(b"RANK=")), None
+            )
 
     return [int(pid) for _, pid in sorted((rank(pid), pid) for pid in children if rank(pid) is not None)]
 
@@ -116,13 +134,26 @@ def test_sigterm_saves_and_stops_at_a_step_of_all_ranks(launch, heavier, tmp_pat
     source.verify()
     assert source.state["step"] == stopped
     run_cases(tmp_path, 2, {"rest": [*run, "--resume_from=last", f"--max_train_steps={stopped + 3}"]})
-    whole = [*heavier, f"--save_dir={tmp_path / 'whole'}", f"--log_dir={tmp_path / 'whole-log'}", f"--max_train_steps={stopped + 3}"]
+    whole = [
+        *heavier,
+        f"--save_dir={tmp_path / 'whole'}",
+        f"--log_dir={tmp_path / 'whole-log'}",
+        f"--max_train_steps={stopped + 3}",
+    ]
     run_cases(tmp_path, 2, {"whole": whole})
-    assert exact(tmp_path / "log") == exact(tmp_path / "whole-log") and same_weights(tmp_path / "ckpt", tmp_path / "whole")
+    assert exact(tmp_path / "log") == exact(tmp_path / "whole-log") and same_weights(
+        tmp_path / "ckpt", tmp_path / "whole"
+    )
 
 
 def test_a_rank_stopped_by_sigterm_exits_with_143(launch, heavier, tmp_path):
-    process = launch("train.py", *heavier, "--max_train_steps=100000", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'log'}")
+    process = launch(
+        "train.py",
+        *heavier,
+        "--max_train_steps=100000",
+        f"--save_dir={tmp_path / 'c'}",
+        f"--log_dir={tmp_path / 'log'}",
+    )
     wait_for_step(tmp_path / "log", 2, process)
     process.send_signal(signal.SIGUSR1)  # saves, and goes on
     deadline = time.monotonic() + 30
@@ -154,14 +185,19 @@ def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path):
         stopped.run()
     assert left.value.code == 143 and seen.count(4) == 2 < seen.count(2)
     ckpt = tmp_path / "stopped" / "ckpt"
-    assert Checkpoint.open(ckpt / "last").state["step"] == 4 and Checkpoint.open(ckpt / "best").state["step"] == 2
+    assert (
+        Checkpoint.open(ckpt / "last").state["step"] == 4
+        and Checkpoint.open(ckpt / "best").state["step"] == 2
+    )
     assert list(rows(tmp_path / "stopped" / "log", "val_loss")) == [2]
     trainer("stopped", "--resume_from=last").run()
     trainer("whole").run()
     assert list(rows(tmp_path / "whole" / "log", "val_loss")) == [2, 4, 5]
     for key in ("train_loss", "val_loss"):
         one, other = (rows(tmp_path / name / "log", key) for name in ("stopped", "whole"))
-        assert {step: row[key] for step, row in one.items()} == {step: row[key] for step, row in other.items()}
+        assert {step: row[key] for step, row in one.items()} == {
+            step: row[key] for step, row in other.items()
+        }
     assert same_weights(ckpt, tmp_path / "whole" / "ckpt")
     for link in ("last", "best"):
         assert (ckpt / link).readlink() == (tmp_path / "whole" / "ckpt" / link).readlink()
@@ -177,4 +213,6 @@ def test_torchrun_restarts_carry_on_by_themselves(launch, heavier, tmp_path):
     assert launcher.returncode == 0, said
     assert "resumed from" in said
     torchrun(2, "train.py", *run, f"--save_dir={tmp_path / 'whole'}", f"--log_dir={tmp_path / 'whole-log'}")
-    assert exact(tmp_path / "log") == exact(tmp_path / "whole-log") and same_weights(tmp_path / "ckpt", tmp_path / "whole")
+    assert exact(tmp_path / "log") == exact(tmp_path / "whole-log") and same_weights(
+        tmp_path / "ckpt", tmp_path / "whole"
+    )

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from helpers.runs import ROOT, environment
 
 ROOMS = ("llama3", "trainer", "tools")
 # Inside trainer, lower layers know nothing of the ones above them.
@@ -53,12 +53,20 @@ def test_inside_trainer_arrows_lead_down():
 def test_help_answers_at_once():
     def seconds():
         began = time.perf_counter()
-        subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, env=environment(), check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "train.py", "--help"],
+            cwd=ROOT,
+            env=environment(),
+            check=True,
+            capture_output=True,
+        )
         return time.perf_counter() - began
 
     heavy = {"torch", "transformers", "datasets", "numpy"}
     probe = f"import sys, train; print(sorted(set(sys.modules) & {heavy!r}))"
-    loaded = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment(), check=True, capture_output=True, text=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT, env=environment(), check=True, capture_output=True, text=True
+    )
     assert loaded.stdout.strip() == "[]"
     assert min(seconds() for _ in range(3)) < 0.5
 

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import make_model, python, torchrun
+from helpers.runs import make_model, python, torchrun
 
 from trainer.checkpoint import Checkpoint
 
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 def large(prepared, tmp_path_factory):
     """A model of some 500 MB in fp32, trained for one step, its checkpoint of 1.5 GB, and the merged file."""
     out = tmp_path_factory.mktemp("large")
-    model = make_model(out / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=32768)
+    model = make_model(
+        out / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, vocab_size=32768
+    )
     flags = [f"--model_id={model}", f"--dataset_path={prepared}", "--max_seq_len=32", "--precision=fp32", "--global_batch_size=4",
              "--max_val_samples=2", "--max_train_steps=1", f"--save_dir={out / 'ckpt'}", f"--log_dir={out / 'log'}"]  # fmt: skip
     torchrun(2, "train.py", *flags)
@@ -32,7 +34,7 @@ def large(prepared, tmp_path_factory):
 
 def measured(out, ranks, task, *flags):
     run = torchrun if ranks > 1 else lambda _, *argv: python(*argv)
-    run(ranks, "tests/memory.py", out / "peak", task, *flags)
+    run(ranks, "tests/helpers/memory.py", out / "peak", task, *flags)
     return [json.loads((out / f"peak.{rank}").read_text()) for rank in range(ranks)]
 
 
@@ -40,7 +42,9 @@ def measured(out, ranks, task, *flags):
 def test_merge_and_export_hold_two_tensors_at_most(large, tmp_path, mode):
     out, flags, largest, total = large
     (found,) = measured(tmp_path, 1, "main", *flags, mode, f"--output_path={tmp_path / 'result'}")
-    print(mode, {"peak MiB": found["peak_bytes"] / MIB, "largest MiB": largest / MIB, "model MiB": total / MIB})
+    print(
+        mode, {"peak MiB": found["peak_bytes"] / MIB, "largest MiB": largest / MIB, "model MiB": total / MIB}
+    )
     assert found["peak_bytes"] <= 2 * largest + ALLOWED
 
 
@@ -48,10 +52,22 @@ def test_merge_and_export_hold_two_tensors_at_most(large, tmp_path, mode):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_resuming_holds_the_ranks_own_state_and_two_tensors(large, tmp_path, ranks, source):
     out, flags, largest, total = large
-    flags = [*flags, f"--resume_from={out / 'ckpt' / source}", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}"]
+    flags = [
+        *flags,
+        f"--resume_from={out / 'ckpt' / source}",
+        f"--save_dir={tmp_path / 'c'}",
+        f"--log_dir={tmp_path / 'l'}",
+    ]
     for found in measured(tmp_path, ranks, "setup", *flags, "--max_train_steps=2"):
         assert 2.9 * total / ranks < found["state_bytes"] < 3.2 * total / ranks
-        print(source, ranks, {"above the state, MiB": (found["peak_bytes"] - found["state_bytes"]) / MIB, "largest MiB": largest / MIB})
+        print(
+            source,
+            ranks,
+            {
+                "above the state, MiB": (found["peak_bytes"] - found["state_bytes"]) / MIB,
+                "largest MiB": largest / MIB,
+            },
+        )
         assert found["peak_bytes"] - found["state_bytes"] <= 2 * largest + ALLOWED
 
 

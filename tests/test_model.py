@@ -18,13 +18,17 @@ def masked_attention(query, key, value, bounds):
     q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, H).transpose(1, 2) for x in (query, key, value))
     document = torch.bucketize(torch.arange(B * T), torch.tensor(bounds), right=True)
     mask = (document[:, None] == document) & torch.ones(B * T, B * T, dtype=torch.bool).tril()
-    out = F.scaled_dot_product_attention(q, k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), attn_mask=mask)
+    out = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), attn_mask=mask
+    )
     return out.transpose(1, 2).reshape(B, T, N, H)
 
 
 def tensors(device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
-    return [torch.randn(B, heads, T, H, device=device, dtype=dtype, requires_grad=True) for heads in (N, K, K)]
+    return [
+        torch.randn(B, heads, T, H, device=device, dtype=dtype, requires_grad=True) for heads in (N, K, K)
+    ]
 
 
 @pytest.mark.parametrize("bounds", BOUNDS)
@@ -121,4 +125,10 @@ def test_parameters_wait_on_the_meta_device(model):
 
 
 def test_tied_embeddings_are_one_parameter():
-    assert sum("lm_head" in name or "embed" in name for name, _ in Llama("smollm2-135m", num_hidden_layers=1).named_parameters()) == 1
+    assert (
+        sum(
+            "lm_head" in name or "embed" in name
+            for name, _ in Llama("smollm2-135m", num_hidden_layers=1).named_parameters()
+        )
+        == 1
+    )

@@ -12,14 +12,17 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, environment, make_model, python, rows
+from helpers.runs import ROOT, environment, make_model, python, rows
 
 pytestmark = [
     pytest.mark.nnscaler,
-    pytest.mark.skipif(importlib.util.find_spec("nnscaler") is None, reason="nnScaler is not installed (requirements-nnscaler.txt)"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("nnscaler") is None,
+        reason="nnScaler is not installed (requirements-nnscaler.txt)",
+    ),
 ]
 
-ON_CPU = ROOT / "tests" / "nnscaler_cpu.py"
+ON_CPU = ROOT / "tests" / "helpers" / "nnscaler_cpu.py"
 TEN_STEPS = ["--global_batch_size=8", "--lr_scheduler=cosine", "--warmup_steps=3", "--max_train_steps=10"]
 
 
@@ -30,14 +33,28 @@ class Runs:
         self.folder, self.flags = folder, [*flags, *TEN_STEPS]
 
     def argv(self, name, *more):
-        return [*self.flags, f"--save_dir={self.folder / name / 'ckpt'}", f"--log_dir={self.folder / name / 'log'}", *more]
+        return [
+            *self.flags,
+            f"--save_dir={self.folder / name / 'ckpt'}",
+            f"--log_dir={self.folder / name / 'log'}",
+            *more,
+        ]
 
     def start(self, ranks, *argv):
         """Under torchrun, in the folder: generated code and profiles stay there."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, argv)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            *map(str, argv),
+        ]
         home = environment(HOME=str(self.folder))
         done = subprocess.run(command, cwd=self.folder, env=home, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        assert done.returncode == 0, (
+            f"{command} exited with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        )
 
     def nnscaler(self, name, ranks, *more):
         policy = [] if any("pas_policy" in flag for flag in more) else ["--pas_policy=dp"]
@@ -57,7 +74,10 @@ class Runs:
 
     def generated(self):
         """The folders of generated code, and when each was written."""
-        return {path.parts[-7]: path.stat().st_mtime_ns for path in self.folder.glob(".nnscaler/*/_parallel_modules/*/*/*/_/gencode0.py")}
+        return {
+            path.parts[-7]: path.stat().st_mtime_ns
+            for path in self.folder.glob(".nnscaler/*/_parallel_modules/*/*/*/_/gencode0.py")
+        }
 
 
 def assert_close(found, expected, tolerance=1e-4):
@@ -80,7 +100,10 @@ def whole(runs):
     losses = runs.nnscaler("whole", 2, "--save_every_n_train_steps=5")
     half = runs.folder / "whole" / "ckpt" / "0000-0005"
     shutil.copytree(half, runs.folder / "half")
-    done = python("train.py", *runs.argv("whole", f"--merge_checkpoint={half}", f"--output_path={runs.folder / 'merged.ckpt'}"))
+    done = python(
+        "train.py",
+        *runs.argv("whole", f"--merge_checkpoint={half}", f"--output_path={runs.folder / 'merged.ckpt'}"),
+    )
     assert "merged" in done.stdout
     return losses
 
@@ -102,7 +125,10 @@ def test_autodist_with_recompute_has_the_same_losses(runs):
 def test_tied_embeddings_have_the_same_losses_and_move_between_the_engines(runs, tmp_path):
     tied = f"--model_id={make_model(tmp_path / 'tied', tie_word_embeddings=True)}"
     theirs = runs.nnscaler("tied", 2, tied, "--save_every_n_train_steps=5")
-    python("train.py", *runs.argv("tied", tied, f"--merge_checkpoint={runs.folder / 'tied' / 'ckpt' / '0000-0005'}"))
+    python(
+        "train.py",
+        *runs.argv("tied", tied, f"--merge_checkpoint={runs.folder / 'tied' / 'ckpt' / '0000-0005'}"),
+    )
     merged = f"--resume_from={runs.folder / 'tied' / 'ckpt' / 'merged.ckpt'}"
     assert_close(runs.native("tied-native", 2, tied, merged), after(theirs, 5))
 
@@ -116,7 +142,10 @@ def test_resuming_shards_continues_on_any_world_size(runs, whole, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_resuming_the_merged_file_continues_on_any_world_size(runs, whole, ranks):
-    assert_close(runs.nnscaler(f"merged-{ranks}", ranks, f"--resume_from={runs.folder / 'merged.ckpt'}"), after(whole, 5))
+    assert_close(
+        runs.nnscaler(f"merged-{ranks}", ranks, f"--resume_from={runs.folder / 'merged.ckpt'}"),
+        after(whole, 5),
+    )
 
 
 def test_resume_from_last_continues_in_the_same_folder(runs, whole):
@@ -129,7 +158,9 @@ def test_resume_from_last_continues_in_the_same_folder(runs, whole):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_our_trainer_continues_from_nnscalers_merged_file(runs, whole, ranks):
-    assert_close(runs.native(f"ours-{ranks}", ranks, f"--resume_from={runs.folder / 'merged.ckpt'}"), after(whole, 5))
+    assert_close(
+        runs.native(f"ours-{ranks}", ranks, f"--resume_from={runs.folder / 'merged.ckpt'}"), after(whole, 5)
+    )
 
 
 def test_our_trainer_takes_over_a_folder_of_nnscalers_and_it_stays_ours(runs, whole):
@@ -176,25 +207,39 @@ def test_generated_code_is_reused_for_the_same_flags_and_never_for_others(runs):
 
 def test_rope_frequencies_stay_in_fp32_under_bf16(runs):
     runs.nnscaler("bf16", 2, "--precision=bf16", "--max_train_steps=2")
-    code = [path.read_text() for path in runs.folder.glob(".nnscaler/*/_parallel_modules/*/*/*/_/gencode0.py")]
+    code = [
+        path.read_text() for path in runs.folder.glob(".nnscaler/*/_parallel_modules/*/*/*/_/gencode0.py")
+    ]
     half = [text for text in code if "dtype=torch.bfloat16" in text]
     assert half
     for text in half:
-        assert "float32" in next(line for line in text.splitlines() if "register_buffer" in line and "inv_freq" in line)
+        assert "float32" in next(
+            line for line in text.splitlines() if "register_buffer" in line and "inv_freq" in line
+        )
 
 
 def test_a_fresh_run_sets_the_old_one_aside_and_an_epochs_end_is_saved(runs):
     for _ in range(2):
-        losses = runs.nnscaler("aside", 2, "--micro_batch_size=4", "--global_batch_size=64", "--max_train_steps=5")
+        losses = runs.nnscaler(
+            "aside", 2, "--micro_batch_size=4", "--global_batch_size=64", "--max_train_steps=5"
+        )
     assert list(losses)[:5] == [1, 2, 3, 4, 5]
     assert (runs.folder / "aside" / "ckpt.1" / "last" / "0.ckpt").exists()
     saved = {path.name for path in (runs.folder / "aside" / "ckpt").glob("*-*")}
-    assert len(saved) == 2 and "0000-0005" in saved  # 218 samples: the fourth batch of 64 ends the first epoch
+    assert (
+        len(saved) == 2 and "0000-0005" in saved
+    )  # 218 samples: the fourth batch of 64 ends the first epoch
     assert "0000-0004" in saved
 
 
 def test_sigterm_saves_and_leaves(runs):
-    argv = runs.argv("killed", "--engine=nnscaler", "--pas_policy=dp", "--max_train_steps=100000", "--lr_scheduler=constant")
+    argv = runs.argv(
+        "killed",
+        "--engine=nnscaler",
+        "--pas_policy=dp",
+        "--max_train_steps=100000",
+        "--lr_scheduler=constant",
+    )
     command = [sys.executable, str(ON_CPU), str(ROOT / "train.py"), *argv]  # without torchrun, too
     process = subprocess.Popen(command, cwd=runs.folder, env=environment(), stderr=subprocess.PIPE, text=True)
     log = runs.folder / "killed" / "log" / "metrics.jsonl"

@@ -6,7 +6,9 @@ import pytest
 
 from trainer import args as ours
 
-real = pytest.importorskip("nnscaler.cli.trainer_args", reason="nnScaler is not installed (requirements-nnscaler.txt)")
+real = pytest.importorskip(
+    "nnscaler.cli.trainer_args", reason="nnScaler is not installed (requirements-nnscaler.txt)"
+)
 pytestmark = pytest.mark.nnscaler
 
 # Where ours differ on purpose, with the reason. Every other difference is a failure.
@@ -30,7 +32,11 @@ DEVIATIONS = {
 
 def table():
     """id -> (what to change of a valid set of arguments, as calls of the interface under test)."""
-    compute, resume, save = (lambda **k: ("compute_config", k)), (lambda *a, **k: ("resume", a, k)), (lambda **k: ("checkpoint", k))
+    compute, resume, save = (
+        (lambda **k: ("compute_config", k)),
+        (lambda *a, **k: ("resume", a, k)),
+        (lambda **k: ("checkpoint", k)),
+    )
     return {
         # batch arithmetic
         "defaults": {},
@@ -137,7 +143,9 @@ def build(module, changes, folder):
         "compute_config": lambda **k: module.ComputeConfig(**{"use_end2end": True, **k}),
         "checkpoint": lambda **k: module.CheckpointConfig(**{"save_dir": str(folder), **k}),
         "optimizer": lambda **k: module.OptimizerConfig(**{"type": "torch.optim.AdamW", **k}),
-        "resume": lambda *a, **k: module.ResumeOptions(*[str(folder) if x == "FOLDER" else x for x in a], **k),
+        "resume": lambda *a, **k: module.ResumeOptions(
+            *[str(folder) if x == "FOLDER" else x for x in a], **k
+        ),
         "lr_scheduler": module.LRSchedulerConfig,
         "sampler": module.DatasetSamplerConfig,
         "dataloader": module.DataloaderConfig,
@@ -150,7 +158,9 @@ def build(module, changes, folder):
         if not isinstance(value, tuple):
             return value
         name, *positional, named = value
-        return classes[name](*(positional[0] if positional else ()), **{key: make(item) for key, item in named.items()})
+        return classes[name](
+            *(positional[0] if positional else ()), **{key: make(item) for key, item in named.items()}
+        )
 
     base = {
         "compute_config": ("compute_config", dict(plan_ngpus=1, runtime_ngpus=2)),
@@ -177,7 +187,12 @@ def outcome(module, changes, folder):
             "zero_ngroups": args.compute_config.zero_ngroups,
             "ends": (args.max_epochs, args.max_train_steps),
             "precision": args.precision,
-            "saves": (save.every_n_train_steps, save.every_n_epochs, save.keep_last_n_checkpoints, save.save_type),
+            "saves": (
+                save.every_n_train_steps,
+                save.every_n_epochs,
+                save.keep_last_n_checkpoints,
+                save.save_type,
+            ),
             "resume": save.get_resume_checkpoint(),
             "modes": (args.gen_reuse, args.compile_mode, bool(args.enable_log_progress)),
             "log": [log.type for log in args.log],
@@ -213,7 +228,9 @@ def test_every_listed_deviation_is_in_the_table():
 def test_fields_and_defaults_are_nnscalers(name):
     def described(cls):
         return {
-            field.name: field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            field.name: field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
             for field in dataclasses.fields(cls)
         }
 

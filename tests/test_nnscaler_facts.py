@@ -2,10 +2,10 @@
 
 import json
 
-import facts
 import pytest
 import torch
-from conftest import ROOT, rows, torchrun
+from helpers import facts
+from helpers.runs import ROOT, rows, torchrun
 
 from trainer.checkpoint import Checkpoint
 
@@ -14,7 +14,7 @@ from trainer.checkpoint import Checkpoint
 def out(request, tmp_path_factory):
     """All cases, run once for each number of ranks."""
     folder = tmp_path_factory.mktemp(f"facts-{request.param}")
-    torchrun(request.param, ROOT / "tests" / "facts.py", folder)
+    torchrun(request.param, ROOT / "tests" / "helpers" / "facts.py", folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import shutil
 import datasets
 import pytest
 import torch
-from conftest import make_text, python, rows, run_cases
+from helpers.runs import make_text, python, rows, run_cases
 from safetensors.torch import load_file, save_file
 from test_training import piecewise_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +29,9 @@ def poisoned(tiny, tmp_path_factory):
     make_text(out / "text.jsonl", documents=40)
     with open(out / "text.jsonl", "a") as f:
         f.write(json.dumps({"text": "the ~ union"}) + "\n")
-    (out / "bad.jsonl").write_text("".join(json.dumps({"text": f"{n} the state of ~ " * 9}) + "\n" for n in range(40)))
+    (out / "bad.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n} the state of ~ " * 9}) + "\n" for n in range(40))
+    )
     for name in ("text", "bad"):
         python("train.py", "--prepare_data", f"--model_id={model}", f"--dataset_id={out / name}.jsonl", "--max_seq_len=32",
                f"--dataset_path={out / name}", "--validation_fraction=0.1")  # fmt: skip
@@ -39,7 +41,13 @@ def poisoned(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(poisoned):
     out, model, _ = poisoned
-    flags = [f"--model_id={model}", "--max_seq_len=32", "--precision=fp32", "--learning_rate=1e-3", "--global_batch_size=4"]
+    flags = [
+        f"--model_id={model}",
+        "--max_seq_len=32",
+        "--precision=fp32",
+        "--learning_rate=1e-3",
+        "--global_batch_size=4",
+    ]
     codes = run_cases(
         out, 2,
         {
@@ -61,7 +69,9 @@ def test_only_the_steps_with_the_bad_sample_are_skipped_and_they_name_it(poisone
     expected = {step + 1: batch for step, batch in zip(range(12), steps, strict=False) if bad & set(batch)}
     assert expected and len(expected) < 6
     found = rows(out / "l", "train_loss")
-    assert {step: row["skipped_samples"] for step, row in found.items() if "skipped_samples" in row} == expected
+    assert {
+        step: row["skipped_samples"] for step, row in found.items() if "skipped_samples" in row
+    } == expected
     assert all((row["train_loss"] is None) == (step in expected) for step, row in found.items())
     # Valid JSON: NaN is not.
     assert "NaN" not in (out / "l" / "metrics.jsonl").read_text()
@@ -98,7 +108,10 @@ def test_a_run_that_explodes_keeps_what_was_good_and_names_it(flags, tmp_path):
     assert done.returncode == 1
     assert f"the last good checkpoint is {tmp_path / 'c' / '0000-0003'}" in done.stderr
     saved = {path.name for path in (tmp_path / "c").iterdir() if path.is_dir() and not path.is_symlink()}
-    assert saved <= {"0000-0003", "0000-0004"}  # what the exploding step itself left cannot be told from good weights
+    assert saved <= {
+        "0000-0003",
+        "0000-0004",
+    }  # what the exploding step itself left cannot be told from good weights
     Checkpoint.open(tmp_path / "c" / "0000-0003").verify()
 
 
@@ -107,8 +120,14 @@ def test_what_has_no_finite_validation_loss_is_not_saved(flags, tmp_path):
     exploding = ["--learning_rate=1e38", "--clip_gnorm=0", "--max_train_steps=1"]
     done = python("train.py", *flags, *out, "--global_batch_size=4", *exploding, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the validation loss of step 1 is nan, so that step is not saved: no checkpoint was saved before" in done.stderr
-    assert rows(tmp_path / "l", "val_loss")[1]["val_loss"] is None and "NaN" not in (tmp_path / "l" / "metrics.jsonl").read_text()
+    assert (
+        "the validation loss of step 1 is nan, so that step is not saved: no checkpoint was saved before"
+        in done.stderr
+    )
+    assert (
+        rows(tmp_path / "l", "val_loss")[1]["val_loss"] is None
+        and "NaN" not in (tmp_path / "l" / "metrics.jsonl").read_text()
+    )
     assert not (tmp_path / "c").exists()
 
 

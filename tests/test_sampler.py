@@ -33,11 +33,16 @@ def test_the_order_looks_random():
 
 def global_batches(world, micro, accumulation, **options):
     """The sets of samples that the first batches hold, put together from every rank."""
-    ranks = [iter(GlobalBatchSampler(30, micro, accumulation, rank, world, **options)) for rank in range(world)]
+    ranks = [
+        iter(GlobalBatchSampler(30, micro, accumulation, rank, world, **options)) for rank in range(world)
+    ]
     return [sorted(i for rank in ranks for _ in range(accumulation) for i in next(rank)) for _ in range(9)]
 
 
-@pytest.mark.parametrize("world, micro, accumulation", [(1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 4, 1), (4, 2, 1), (4, 1, 2), (8, 1, 1)])
+@pytest.mark.parametrize(
+    "world, micro, accumulation",
+    [(1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 4, 1), (4, 2, 1), (4, 1, 2), (8, 1, 1)],
+)
 def test_any_world_size_sees_the_same_global_batches(world, micro, accumulation):
     assert global_batches(world, micro, accumulation, seed=4) == global_batches(1, 8, 1, seed=4)
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import python, rows, run_cases, torchrun
+from helpers.runs import python, rows, run_cases, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +29,13 @@ def runs(flags, prepared, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
 
     def case(name, *more):
-        return [*flags, *SCHEDULE, f"--save_dir={out / name / 'ckpt'}", f"--log_dir={out / name / 'log'}", *more]
+        return [
+            *flags,
+            *SCHEDULE,
+            f"--save_dir={out / name / 'ckpt'}",
+            f"--log_dir={out / name / 'log'}",
+            *more,
+        ]
 
     middle = f"{4 * GLOBAL_BATCH // len(datasets.load_from_disk(str(prepared))['train']):04d}-0005"
 
@@ -38,26 +44,40 @@ def runs(flags, prepared, tmp_path_factory):
         (out / f"{ranks}-half").symlink_to(saved / middle)
         return {
             name: case(name, "--max_train_steps=10", "--save_every_n_train_steps=5"),
-            f"{ranks}-resumed": case(f"{ranks}-resumed", f"--resume_from={out / f'{ranks}-half'}", "--max_train_steps=10"),
-            f"{ranks}-merge": case(name, f"--merge_checkpoint={out / f'{ranks}-half'}", f"--output_path={saved / 'merged.ckpt'}"),
-            f"{ranks}-merged": case(f"{ranks}-merged", f"--resume_from={saved / 'merged.ckpt'}", "--max_train_steps=10"),
+            f"{ranks}-resumed": case(
+                f"{ranks}-resumed", f"--resume_from={out / f'{ranks}-half'}", "--max_train_steps=10"
+            ),
+            f"{ranks}-merge": case(
+                name, f"--merge_checkpoint={out / f'{ranks}-half'}", f"--output_path={saved / 'merged.ckpt'}"
+            ),
+            f"{ranks}-merged": case(
+                f"{ranks}-merged", f"--resume_from={saved / 'merged.ckpt'}", "--max_train_steps=10"
+            ),
         }
 
     def onto(ranks, saved):
         shards, merged = f"{saved}-to-{ranks}-shards", f"{saved}-to-{ranks}-merged"
         return {
             shards: case(shards, f"--resume_from={out / f'{saved}-half'}", "--max_train_steps=10"),
-            merged: case(merged, f"--resume_from={out / f'{saved}-full' / 'ckpt' / 'merged.ckpt'}", "--max_train_steps=10"),
+            merged: case(
+                merged,
+                f"--resume_from={out / f'{saved}-full' / 'ckpt' / 'merged.ckpt'}",
+                "--max_train_steps=10",
+            ),
         }
 
-    scratch = {n: {f"{n}-scratch": case(f"{n}-scratch", "--from_scratch", "--max_train_steps=1")} for n in RANKS}
+    scratch = {
+        n: {f"{n}-scratch": case(f"{n}-scratch", "--from_scratch", "--max_train_steps=1")} for n in RANKS
+    }
     more = {
         "2-accumulated": case("2-accumulated", "--micro_batch_size=2", "--max_train_steps=10"),
         "2-recomputed": case("2-recomputed", "--recompute=full", "--max_train_steps=10"),
         "2-one-layer": case("2-one-layer", "--recompute=1", "--max_train_steps=10"),
         "2-constant": case("2-constant", "--lr_scheduler=constant", "--max_train_steps=10"),
         "2-five": case("2-five-and-five", "--lr_scheduler=constant", "--max_train_steps=5"),
-        "2-and-five": case("2-five-and-five", "--lr_scheduler=constant", "--max_train_steps=10", "--resume_from=last"),
+        "2-and-five": case(
+            "2-five-and-five", "--lr_scheduler=constant", "--max_train_steps=10", "--resume_from=last"
+        ),
     }
     codes = run_cases(out, 4, here(4) | scratch[4])
     codes |= run_cases(out, 2, here(2) | scratch[2] | onto(2, 4) | more)
@@ -77,7 +97,9 @@ def reference(tiny, prepared):
     losses, norms = [], []
     for step in range(10):
         for group in optimizer.param_groups:  # three steps of warmup, then half a cosine down to 0 at step 10
-            group["lr"] = 1e-3 * ((step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 7)))
+            group["lr"] = 1e-3 * (
+                (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 7))
+            )
         optimizer.zero_grad()
         loss_sum, count = 0.0, 0
         for index in next(order):
@@ -127,15 +149,31 @@ def test_recomputing_activations_changes_no_bit(runs, how):
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_losses_and_resume_exactly(flags, reference, tmp_path):
     common = [*flags, *SCHEDULE, "--compile=on", "--deterministic", "--max_train_steps=10"]
-    torchrun(2, "train.py", *common, "--save_every_n_train_steps=5", f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}")
+    torchrun(
+        2,
+        "train.py",
+        *common,
+        "--save_every_n_train_steps=5",
+        f"--save_dir={tmp_path / 'c'}",
+        f"--log_dir={tmp_path / 'l'}",
+    )
     assert column(tmp_path, "train_loss", "l") == pytest.approx(reference[0], rel=1e-4)
     middle = next((tmp_path / "c").glob("*-0005"))
-    torchrun(2, "train.py", *common, f"--resume_from={middle}", f"--save_dir={tmp_path / 'c2'}", f"--log_dir={tmp_path / 'l2'}")
+    torchrun(
+        2,
+        "train.py",
+        *common,
+        f"--resume_from={middle}",
+        f"--save_dir={tmp_path / 'c2'}",
+        f"--log_dir={tmp_path / 'l2'}",
+    )
     assert column(tmp_path, "train_loss", "l2") == column(tmp_path, "train_loss", "l")[5:]
 
 
 def test_learning_rate_follows_warmup_and_cosine(runs):
-    expected = [1e-3 * (n + 1) / 3 for n in range(3)] + [5e-4 * (1 + math.cos(math.pi * n / 7)) for n in range(7)]
+    expected = [1e-3 * (n + 1) / 3 for n in range(3)] + [
+        5e-4 * (1 + math.cos(math.pi * n / 7)) for n in range(7)
+    ]
     assert column(runs / "1-full", "lr") == pytest.approx(expected, rel=1e-12)
 
 
@@ -168,28 +206,45 @@ EXACT = ("step", "epoch", "train_loss", "lr", "gnorm", "tokens")
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("how", ["resumed", "merged"])
 def test_resuming_is_bit_exact_from_shards_and_from_a_merged_file(runs, ranks, how):
-    whole, resumed = rows(runs / f"{ranks}-full" / "log", "train_loss"), rows(runs / f"{ranks}-{how}" / "log", "train_loss")
+    whole, resumed = (
+        rows(runs / f"{ranks}-full" / "log", "train_loss"),
+        rows(runs / f"{ranks}-{how}" / "log", "train_loss"),
+    )
     for step in range(6, 11):
         assert {key: resumed[step][key] for key in EXACT} == {key: whole[step][key] for key in EXACT}
-    assert rows(runs / f"{ranks}-full" / "log", "val_loss")[10] == rows(runs / f"{ranks}-{how}" / "log", "val_loss")[10]
+    assert (
+        rows(runs / f"{ranks}-full" / "log", "val_loss")[10]
+        == rows(runs / f"{ranks}-{how}" / "log", "val_loss")[10]
+    )
     expected = weights(runs / f"{ranks}-full")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(runs / f"{ranks}-{how}").items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in weights(runs / f"{ranks}-{how}").items()
+    )
 
 
 def test_five_steps_and_five_more_in_the_same_folder_are_ten_steps(runs):
     assert column(runs / "2-five-and-five", "train_loss") == column(runs / "2-constant", "train_loss")
     expected = weights(runs / "2-constant")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(runs / "2-five-and-five").items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in weights(runs / "2-five-and-five").items()
+    )
 
 
 @pytest.mark.parametrize("move", ["4-to-2", "2-to-1", "1-to-4"])
 @pytest.mark.parametrize("file", ["shards", "merged"])
 def test_another_world_size_continues_the_same_run(runs, move, file):
-    moved, whole = rows(runs / f"{move}-{file}" / "log", "train_loss"), rows(runs / f"{move[0]}-full" / "log", "train_loss")
+    moved, whole = (
+        rows(runs / f"{move}-{file}" / "log", "train_loss"),
+        rows(runs / f"{move[0]}-full" / "log", "train_loss"),
+    )
     assert sorted(moved) == [6, 7, 8, 9, 10]
     for step, row in moved.items():
         assert row["train_loss"] == pytest.approx(whole[step]["train_loss"], rel=1e-4)
-        assert (row["lr"], row["tokens"], row["epoch"]) == (whole[step]["lr"], whole[step]["tokens"], whole[step]["epoch"])
+        assert (row["lr"], row["tokens"], row["epoch"]) == (
+            whole[step]["lr"],
+            whole[step]["tokens"],
+            whole[step]["epoch"],
+        )
 
 
 def test_a_schedule_whose_horizon_moves_is_said(runs, flags, tmp_path):
@@ -207,7 +262,9 @@ def test_fresh_weights_are_the_same_on_every_world_size(runs):
 def test_merged_file_is_one_safetensors_file_with_hugging_face_names(runs, tiny):
     merged = load_file(runs / "4-full" / "ckpt" / "merged.ckpt")
     names = set(load_file(tiny / "model.safetensors"))
-    expected = {f"model.{n}" for n in names} | {f"optimizer.{n}.{k}" for n in names for k in ("exp_avg", "exp_avg_sq")}
+    expected = {f"model.{n}" for n in names} | {
+        f"optimizer.{n}.{k}" for n in names for k in ("exp_avg", "exp_avg_sq")
+    }
     assert set(merged) == expected
     shards = Checkpoint.open(runs / "4-half")
     assert all(torch.equal(tensor, shards.read(name)) for name, tensor in merged.items())
@@ -238,7 +295,10 @@ def test_evaluate_prints_the_trainers_validation_loss(runs, flags, tmp_path):
     done = torchrun(2, "train.py", *flags, "--evaluate", f"--resume_from={runs / '2-full' / 'ckpt' / 'last'}",
                     f"--log_dir={tmp_path / 'log'}")  # fmt: skip
     expected = rows(runs / "2-full" / "log", "val_loss")[10]
-    assert done.stdout.splitlines()[-1] == f"val_loss={expected['val_loss']:.6f} perplexity={expected['perplexity']:.6f}"
+    assert (
+        done.stdout.splitlines()[-1]
+        == f"val_loss={expected['val_loss']:.6f} perplexity={expected['perplexity']:.6f}"
+    )
     assert not (tmp_path / "log").exists()
 
 
@@ -258,7 +318,17 @@ def test_a_run_leaves_what_the_readme_promises(runs):
     manifest = json.loads((last / "manifest.json").read_text())
     assert len(manifest["files"]) == 4 and manifest["state"]["step"] == 10
     row = rows(run / "log", "train_loss")[10]
-    keys = {"step", "epoch", "train_loss", "lr", "gnorm", "tokens", "tokens_per_second", "step_seconds", "peak_memory_gib"}
+    keys = {
+        "step",
+        "epoch",
+        "train_loss",
+        "lr",
+        "gnorm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "peak_memory_gib",
+    }
     assert keys <= set(row)
     # The step's own time and tokens; it cannot be shorter than what was measured inside it.
     assert row["tokens_per_second"] == pytest.approx(GLOBAL_BATCH * 32 / row["step_seconds"], rel=0.05)
@@ -266,12 +336,20 @@ def test_a_run_leaves_what_the_readme_promises(runs):
 
 
 def test_plain_python_trains_and_a_fresh_run_sets_the_old_one_aside(flags, tmp_path):
-    common = [*flags, "--max_train_steps=1", "--global_batch_size=8", f"--save_dir={tmp_path / 'ckpt'}", f"--log_dir={tmp_path / 'log'}"]
+    common = [
+        *flags,
+        "--max_train_steps=1",
+        "--global_batch_size=8",
+        f"--save_dir={tmp_path / 'ckpt'}",
+        f"--log_dir={tmp_path / 'log'}",
+    ]
     python("train.py", *common)
     first = (tmp_path / "log" / "metrics.jsonl").read_text()
     again = python("train.py", *common)
     assert (tmp_path / "log.1" / "metrics.jsonl").read_text() == first
-    assert (tmp_path / "ckpt.1" / "last" / "manifest.json").is_file() and (tmp_path / "ckpt" / "last" / "manifest.json").is_file()
+    assert (tmp_path / "ckpt.1" / "last" / "manifest.json").is_file() and (
+        tmp_path / "ckpt" / "last" / "manifest.json"
+    ).is_file()
     assert "set aside as" in again.stderr
 
 

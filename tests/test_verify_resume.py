@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import python, run_cases
+from helpers.runs import python, run_cases
 
 from tools.verify_resume import first_difference
 
@@ -14,7 +14,12 @@ def runs(flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("verified")
     common = [*flags, "--global_batch_size=4", "--max_train_steps=3"]
     cases = {
-        name: [*common, f"--seed={seed}", f"--save_dir={out / name / 'checkpoints'}", f"--log_dir={out / name / 'log'}"]
+        name: [
+            *common,
+            f"--seed={seed}",
+            f"--save_dir={out / name / 'checkpoints'}",
+            f"--log_dir={out / name / 'log'}",
+        ]
         for name, seed in (("one", 0), ("other", 1))
     }
     assert set(run_cases(out, 2, cases).values()) == {0}
@@ -53,5 +58,12 @@ def test_weights_that_differ_are_named(runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
 def test_the_command_kills_resumes_and_says_so(flags, tmp_path, attempt):
-    done = python("train.py", *flags, "--verify_resume", "--global_batch_size=4", "--max_train_steps=8", f"--save_dir={tmp_path / 'ckpt'}")
+    done = python(
+        "train.py",
+        *flags,
+        "--verify_resume",
+        "--global_batch_size=4",
+        "--max_train_steps=8",
+        f"--save_dir={tmp_path / 'ckpt'}",
+    )
     assert "resume is exact: 8 steps on 2 ranks" in done.stdout and not list(tmp_path.iterdir())

@@ -30,7 +30,12 @@ def draw(log_dir: Path) -> Path:
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, label=name)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker="o" if len(points) < 30 else None,
+                    markersize=3,
+                    label=name,
+                )
         axis.set_xlabel("step")
         axis.set_title(" and ".join(names))
         axis.grid(alpha=0.3)

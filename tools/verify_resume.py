@@ -27,16 +27,34 @@ def verify(script: Path, flags: list[str], folder: Path, ranks: int, steps: int)
     fixed = [f"--max_train_steps={steps}", f"--save_every_n_train_steps={every}", "--deterministic"]
 
     def command(run: str, *more: str) -> list[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
-        return [*launcher, *flags, *fixed, f"--save_dir={folder / run / 'checkpoints'}", f"--log_dir={folder / run / 'log'}", *more]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            str(script),
+        ]
+        return [
+            *launcher,
+            *flags,
+            *fixed,
+            f"--save_dir={folder / run / 'checkpoints'}",
+            f"--log_dir={folder / run / 'log'}",
+            *more,
+        ]
 
     logger.info("1 of 3: %d steps undisturbed on %d ranks", steps, ranks)
     if _run(command("whole"), folder):
-        raise ValueError(f"the undisturbed run failed by itself; the end of {folder / 'output.txt'} says:\n{_tail(folder)}")
+        raise ValueError(
+            f"the undisturbed run failed by itself; the end of {folder / 'output.txt'} says:\n{_tail(folder)}"
+        )
     for _ in range(5):  # a fast run may be over before it is killed: then again
         # The moment: while a save is under way, or some time after a step.
         during_save, step = random.random() < 0.5, random.randint(1, min(3, (steps - 1) // every)) * every
-        logger.info("2 of 3: the same, killed %s step %d", "while saving" if during_save else "some time after", step)
+        logger.info(
+            "2 of 3: the same, killed %s step %d", "while saving" if during_save else "some time after", step
+        )
         shutil.rmtree(folder / "killed", ignore_errors=True)
         if _kill_at(_start(command("killed"), folder), folder / "killed", step, during_save):
             break
@@ -81,8 +99,12 @@ def _kill_at(process: subprocess.Popen, run: Path, step: int, during_save: bool)
     """SIGKILL to every process of the run, once `step` is logged (and, if so wanted, its save has begun); False: it was over before."""
     try:
         while process.poll() is None:
-            logged = (run / "log" / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_metrics(run / "log"))
-            if logged and (not during_save or any((run / "checkpoints").glob(".saving-*")) or _saved(run, step)):
+            logged = (run / "log" / "metrics.jsonl").exists() and any(
+                row["step"] >= step for row in read_metrics(run / "log")
+            )
+            if logged and (
+                not during_save or any((run / "checkpoints").glob(".saving-*")) or _saved(run, step)
+            ):
                 time.sleep(random.uniform(0, 0.05 if during_save else 0.5))
                 break
             time.sleep(0.001)
@@ -107,7 +129,11 @@ def first_difference(whole: Path, resumed: Path) -> str | None:
     from trainer.checkpoint import Checkpoint
 
     one, other = (
-        {(row["step"], "val_loss" in row): row for row in read_metrics(run / "log") if "save_total_seconds" not in row}
+        {
+            (row["step"], "val_loss" in row): row
+            for row in read_metrics(run / "log")
+            if "save_total_seconds" not in row
+        }
         for run in (whole, resumed)
     )
     for key in sorted(one.keys() | other.keys()):

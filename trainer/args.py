@@ -28,7 +28,12 @@ HOOKS = (
     *("after_setup", "on_finalize", "on_train_start", "on_train_end", "on_val_start", "on_val_end"),
     *("on_epoch_start", "on_epoch_end", "on_step_start", "on_step_end"),
     *("on_train_step_start", "on_train_step_end", "on_val_step_start", "on_val_step_end"),
-    *("after_aggregate_train_step_outputs", "after_aggregate_val_step_outputs", "before_zero_grad", "after_zero_grad"),
+    *(
+        "after_aggregate_train_step_outputs",
+        "after_aggregate_val_step_outputs",
+        "before_zero_grad",
+        "after_zero_grad",
+    ),
     *("before_sync_grad", "after_sync_grad", "before_gnorm_clip", "after_gnorm_clip"),
     *("before_optimizer_step", "after_optimizer_step", "before_log_train_metrics", "before_log_val_metrics"),
     *("on_load_checkpoint", "after_load_checkpoint", "on_save_checkpoint"),
@@ -64,7 +69,9 @@ def load_type(type_or_name: TypeOrName) -> Any:
     try:
         return pkgutil.resolve_name(type_or_name)
     except (ValueError, AttributeError, ModuleNotFoundError) as error:
-        raise ValueError(f"type '{type_or_name}' was not found ({error}): give 'module.Name', or the callable itself") from error
+        raise ValueError(
+            f"type '{type_or_name}' was not found ({error}): give 'module.Name', or the callable itself"
+        ) from error
 
 
 def _raise(problems: list[str]) -> None:
@@ -110,7 +117,9 @@ class ComputeConfig:
             object.__setattr__(self, "runtime_ngpus", int(os.environ.get("WORLD_SIZE") or 1))
         problems = _not_positive(self, "plan_ngpus", "runtime_ngpus")
         if not problems and self.runtime_ngpus % self.plan_ngpus:
-            problems.append(f"runtime_ngpus {self.runtime_ngpus} is no multiple of plan_ngpus {self.plan_ngpus}")
+            problems.append(
+                f"runtime_ngpus {self.runtime_ngpus} is no multiple of plan_ngpus {self.plan_ngpus}"
+            )
         if not self.use_zero and self.zero_ngroups != 1:
             logger.warning("zero_ngroups is %s without use_zero: taken as 1", self.zero_ngroups)
             object.__setattr__(self, "zero_ngroups", 1)
@@ -235,11 +244,15 @@ class CheckpointConfig:
         wanted = self.resume_from.checkpoint if self.resume_from else None
         if wanted and str(wanted) not in ("last", "best"):
             if not Path(wanted).exists():
-                problems.append(f"resume_from: {wanted} does not exist; give 'last', 'best', a checkpoint directory or a merged file")
+                problems.append(
+                    f"resume_from: {wanted} does not exist; give 'last', 'best', a checkpoint directory or a merged file"
+                )
         elif wanted and self.save_dir and self.get_resume_checkpoint() is None:
             # An older one may still be found beside it: whoever resumes says so.
             logger.warning(
-                "resume_from: there is no '%s' checkpoint in %s: training starts fresh if there is no other", wanted, self.save_dir
+                "resume_from: there is no '%s' checkpoint in %s: training starts fresh if there is no other",
+                wanted,
+                self.save_dir,
             )
         if not self.save_dir and (wanted in ("last", "best") or not self.no_save):
             problems.append("save_dir is empty: name the folder that holds the checkpoints")
@@ -248,7 +261,9 @@ class CheckpointConfig:
                 problems.append(f"save_type is {self.save_type!r}: choose sharded, deduped or merged")
             if self.every_n_epochs is not None and self.every_n_train_steps is not None:
                 problems.append("every_n_epochs and every_n_train_steps exclude each other: give one")
-            problems += _not_positive(self, "every_n_train_steps", "every_n_epochs", "keep_last_n_checkpoints")
+            problems += _not_positive(
+                self, "every_n_train_steps", "every_n_epochs", "keep_last_n_checkpoints"
+            )
             if self.every_n_epochs is None and self.every_n_train_steps is None:
                 self.every_n_epochs = 1
         _raise(problems)
@@ -292,7 +307,9 @@ class HookConfig:
     args: dict[str, Any] = field(default_factory=dict)
 
 
-HookMapConfig = make_dataclass("HookMapConfig", [(name, TypeOrName | None, None) for name in HOOKS], namespace={"__module__": __name__})
+HookMapConfig = make_dataclass(
+    "HookMapConfig", [(name, TypeOrName | None, None) for name in HOOKS], namespace={"__module__": __name__}
+)
 HookMapConfig.__doc__ = "One function for each callback wanted."
 
 
@@ -312,7 +329,9 @@ class AggregatedOutputs:
         import torch.distributed as dist
 
         losses = [torch.as_tensor(loss_fn(output)).detach() for output in loss_outputs]
-        tokens = [torch.as_tensor(ntokens_fn(output)).detach() for output in loss_outputs] if ntokens_fn else []
+        tokens = (
+            [torch.as_tensor(ntokens_fn(output)).detach() for output in loss_outputs] if ntokens_fn else []
+        )
         device = losses[0].device if losses else ("cuda" if torch.cuda.is_available() else "cpu")
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # float64 counts exactly up to 2^53 tokens
         for index, values in enumerate((losses, tokens)):
@@ -337,7 +356,9 @@ def resolve_precision(precision: str | dict[str, str] | None) -> dict[str, str]:
     resolved = {kind: precision.get(kind, "none") for kind in TENSOR_KINDS}
     unknown = sorted(set(precision) - set(TENSOR_KINDS)) + sorted(set(resolved.values()) - set(PRECISIONS))
     if unknown:
-        raise ValueError(f"precision {unknown}: choose {', '.join(PRECISIONS)}, for each of {', '.join(TENSOR_KINDS)} if they differ")
+        raise ValueError(
+            f"precision {unknown}: choose {', '.join(PRECISIONS)}, for each of {', '.join(TENSOR_KINDS)} if they differ"
+        )
     return resolved
 
 
@@ -386,12 +407,20 @@ class TrainerArgs:
     init_env_fn: TypeOrName | None = None
 
     def __post_init__(self):
-        counts = ("micro_batch_size", "global_batch_size", "grad_accumulation_steps", "max_epochs", "max_train_steps")
+        counts = (
+            "micro_batch_size",
+            "global_batch_size",
+            "grad_accumulation_steps",
+            "max_epochs",
+            "max_train_steps",
+        )
         problems = _not_positive(self, *counts)
         if self.compute_config is None:
             problems.append("compute_config is required")
         elif not self.compute_config.use_end2end:
-            problems.append("compute_config: use_end2end must be True (forward takes the batch and returns the loss)")
+            problems.append(
+                "compute_config: use_end2end must be True (forward takes the batch and returns the loss)"
+            )
         if self.compute_config and not problems:
             problems += self._derive_batch_sizes()
         if not self.max_epochs and not self.max_train_steps:
@@ -429,9 +458,17 @@ class TrainerArgs:
             self.global_batch_size = samples * self.grad_accumulation_steps
         elif self.global_batch_size % samples:
             ranks = self.scaling_factor
-            fit = [n for n in range(1, self.global_batch_size // ranks + 1) if self.global_batch_size % (n * ranks) == 0]
+            fit = [
+                n
+                for n in range(1, self.global_batch_size // ranks + 1)
+                if self.global_batch_size % (n * ranks) == 0
+            ]
             near = sorted(sorted(fit, key=lambda n: abs(n - self.micro_batch_size))[:2])
-            fix = f"use micro_batch_size {' or '.join(map(str, near))}" if near else f"use a multiple of {samples}"
+            fix = (
+                f"use micro_batch_size {' or '.join(map(str, near))}"
+                if near
+                else f"use a multiple of {samples}"
+            )
             return [f"{given} does not divide global_batch_size {self.global_batch_size}: {fix}"]
         elif not self.grad_accumulation_steps:
             self.grad_accumulation_steps = self.global_batch_size // samples
@@ -475,7 +512,11 @@ class TrainerArgs:
             if value is None or isinstance(value, (bool, int, float, str)):
                 return value
             # never an object's address: the same on every rank and in every run
-            return str(value) if isinstance(value, Path) else f"{type(value).__module__}.{type(value).__qualname__}"
+            return (
+                str(value)
+                if isinstance(value, Path)
+                else f"{type(value).__module__}.{type(value).__qualname__}"
+            )
 
         return plain(self)
 
@@ -498,7 +539,9 @@ def refuse_unsupported(args: TrainerArgs) -> None:
     """
     compute, model, loader = args.compute_config, args.model, args.dataloader
     sampler, resume = args.dataset_sampler or DatasetSamplerConfig(), args.checkpoint.resume_from
-    unknown_pas = sorted(key for key in compute.pas_config if key not in PAS_CONFIG_KEYS and not key.startswith("_"))
+    unknown_pas = sorted(
+        key for key in compute.pas_config if key not in PAS_CONFIG_KEYS and not key.startswith("_")
+    )
     loader_args = sorted({*loader.train_args, *loader.val_args} - DATALOADER_KEYS)
     sampler_args = sorted({*sampler.train_args, *sampler.val_args} - {"shuffle", "seed"})
     text = json.dumps(args.to_dict())
@@ -508,26 +551,56 @@ def refuse_unsupported(args: TrainerArgs) -> None:
         (args.vars, "vars", "put the values where they are used"),
         (reference, f"{reference} in an args value", "put the value itself there"),
         (args.compile_mode, "run_mode 'compile'", "use run_mode 'run': nothing is compiled ahead of the run"),
-        (args.pas_policy not in ("autodist", "dp"), f"pas_policy {args.pas_policy!r}", "use 'autodist' or 'dp'"),
-        (args.tracing_from_weights, "tracing_from_weights", "name the files in the model class's weight_files()"),
-        (compute.plan_ngpus != 1, "compute_config.plan_ngpus other than 1", "use 1: all ranks are data parallel"),
+        (
+            args.pas_policy not in ("autodist", "dp"),
+            f"pas_policy {args.pas_policy!r}",
+            "use 'autodist' or 'dp'",
+        ),
+        (
+            args.tracing_from_weights,
+            "tracing_from_weights",
+            "name the files in the model class's weight_files()",
+        ),
+        (
+            compute.plan_ngpus != 1,
+            "compute_config.plan_ngpus other than 1",
+            "use 1: all ranks are data parallel",
+        ),
         (compute.inference_only, "compute_config.inference_only", "leave it False"),
-        (compute.zero_ngroups != 1, "compute_config.zero_ngroups other than 1", "use 1: shards lie over all ranks"),
-        (unknown_pas, f"compute_config.pas_config {unknown_pas}", f"the keys are {', '.join(sorted(PAS_CONFIG_KEYS))}"),
+        (
+            compute.zero_ngroups != 1,
+            "compute_config.zero_ngroups other than 1",
+            "use 1: shards lie over all ranks",
+        ),
+        (
+            unknown_pas,
+            f"compute_config.pas_config {unknown_pas}",
+            f"the keys are {', '.join(sorted(PAS_CONFIG_KEYS))}",
+        ),
         (model.parallel_modules, "model.parallel_modules", "leave it empty: the whole model is parallelized"),
         (args.dataset.test_args, "dataset.test_args", "use val_args: no stage reads a test set"),
         (loader.test_args, "dataloader.test_args", "use val_args: no stage reads a test set"),
         (sampler.test_args, "dataset_sampler.test_args", "use val_args: no stage reads a test set"),
         (not _is_default(loader), "dataloader.type", "use torch.utils.data.DataLoader"),
         (loader_args, f"dataloader args {loader_args}", f"the keys are {', '.join(sorted(DATALOADER_KEYS))}"),
-        (not _is_default(sampler), "dataset_sampler.type", "use the default: the order is a function of seed and position"),
+        (
+            not _is_default(sampler),
+            "dataset_sampler.type",
+            "use the default: the order is a function of seed and position",
+        ),
         (sampler_args, f"dataset_sampler args {sampler_args}", "the keys are shuffle and seed"),
-        (args.checkpoint.save_type == "merged", "checkpoint.save_type 'merged'", "use 'sharded', and merge afterwards"),
+        (
+            args.checkpoint.save_type == "merged",
+            "checkpoint.save_type 'merged'",
+            "use 'sharded', and merge afterwards",
+        ),
         (resume and resume.convert_fn, "resume_from.convert_fn", "convert the file before the run"),
         ("fp16" in args.precision.values(), "precision 'fp16'", "use 'bf16', which needs no loss scaling"),
         (args.precision["buffer"] == "bf16", "precision 'bf16' for buffers", "use 'fp32': RoPE needs it"),
     ]
-    _raise([f"{name} is not supported by our Trainer: {instead}" for asked, name, instead in refusals if asked])
+    _raise(
+        [f"{name} is not supported by our Trainer: {instead}" for asked, name, instead in refusals if asked]
+    )
 
 
 def _is_default(config: DatasetConfig) -> bool:

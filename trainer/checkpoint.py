@@ -84,7 +84,9 @@ class Checkpoint:
     path: Path
     state: dict  # step, epoch, samples, world_size, ...: what was given to save
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(repr=False)
-    parts: dict[str, list[tuple[TensorFileReader, Box]]] = field(repr=False)  # where the boxes of each tensor lie
+    parts: dict[str, list[tuple[TensorFileReader, Box]]] = field(
+        repr=False
+    )  # where the boxes of each tensor lie
     checksums: dict[str, str] = field(repr=False)  # of each file of a folder, of each tensor of a merged file
     rng: list[str] = field(default_factory=list, repr=False)  # a rank each; a merged file has none
 
@@ -114,17 +116,30 @@ class Checkpoint:
                     tensors[key] = (dtype, tuple(shape))
                     parts.setdefault(key, []).append((reader, Box(tuple(offsets), held)))
             except (KeyError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{path / name} is damaged: its header makes no sense ({error!r})") from None
-        return cls(path, manifest["state"], tensors, parts, {n: e["xxh3_128"] for n, e in manifest["files"].items()}, rng)
+                raise CheckpointError(
+                    f"{path / name} is damaged: its header makes no sense ({error!r})"
+                ) from None
+        return cls(
+            path,
+            manifest["state"],
+            tensors,
+            parts,
+            {n: e["xxh3_128"] for n, e in manifest["files"].items()},
+            rng,
+        )
 
     @classmethod
     def _open_merged(cls, path: Path) -> "Checkpoint":
         reader = TensorFileReader(path)
         if "state" not in reader.metadata:
-            raise CheckpointError(f"{path} holds no training state: give a checkpoint folder, or a file that --merge_checkpoint wrote")
+            raise CheckpointError(
+                f"{path} holds no training state: give a checkpoint folder, or a file that --merge_checkpoint wrote"
+            )
         state, checksums = json.loads(reader.metadata["state"]), json.loads(reader.metadata["digests"])
         if _digest(state) != reader.metadata.get("state_digest") or set(checksums) != set(reader.tensors):
-            raise CheckpointError(f"{path}: its metadata was altered after it was merged: merge the checkpoint again")
+            raise CheckpointError(
+                f"{path}: its metadata was altered after it was merged: merge the checkpoint again"
+            )
         parts = {name: [(reader, Box.whole(shape))] for name, (_, shape) in reader.tensors.items()}
         return cls(path, state, reader.tensors, parts, checksums)
 
@@ -133,7 +148,9 @@ class Checkpoint:
         try:
             return cls(path, foreign.shards_state(path), {}, {}, {})
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} holds nnScaler's shards of another script ({error}): merge them with it first") from None
+            raise CheckpointError(
+                f"{path} holds nnScaler's shards of another script ({error}): merge them with it first"
+            ) from None
 
     @classmethod
     def open_whole(cls, path: str | Path) -> "Checkpoint":
@@ -154,22 +171,38 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         tensors = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in file.tensors.items()}
-        return cls(path, file.state, tensors, {name: [(file, Box.whole(shape))] for name, (_, shape) in tensors.items()}, {})
+        return cls(
+            path,
+            file.state,
+            tensors,
+            {name: [(file, Box.whole(shape))] for name, (_, shape) in tensors.items()},
+            {},
+        )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Checks every `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
         if not self.tensors:
-            raise CheckpointError(f"{self.path} holds nnScaler's shards: first run `python train.py --merge_checkpoint={self.path}`")
+            raise CheckpointError(
+                f"{self.path} holds nnScaler's shards: first run `python train.py --merge_checkpoint={self.path}`"
+            )
         in_files = self.path.is_dir() and self.checksums
-        readers = {reader.path: reader for pieces in self.parts.values() for reader, _ in pieces} if in_files else {}
+        readers = (
+            {reader.path: reader for pieces in self.parts.values() for reader, _ in pieces}
+            if in_files
+            else {}
+        )
         for name in sorted(self.checksums)[part::parts]:
             where = self.path / name if self.path.is_dir() else f"{self.path}, tensor {name}"
             try:
-                digest = readers[where].file_digest() if readers else self.parts[name][0][0].tensor_digest(name)
+                digest = (
+                    readers[where].file_digest() if readers else self.parts[name][0][0].tensor_digest(name)
+                )
             except (OSError, TensorFileError) as error:
                 raise CheckpointError(f"{where} cannot be read: {error}") from None
             if digest != self.checksums[name]:
-                raise CheckpointError(f"{where}: the contents do not match the checksum: damaged or exchanged after it was saved")
+                raise CheckpointError(
+                    f"{where}: the contents do not match the checksum: damaged or exchanged after it was saved"
+                )
 
     def read(self, name: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """A box of the tensor (default: the whole), put into `out` or a new tensor on the CPU; CheckpointError: it is not all there."""
@@ -187,7 +220,9 @@ class Checkpoint:
             missing -= common.size
             reader.read(name, common.inside(held), out=result[common.inside(box).slices])
         if missing:
-            raise CheckpointError(f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing")
+            raise CheckpointError(
+                f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing"
+            )
         return result
 
     def read_in_parts(self, name: str) -> Iterator[torch.Tensor]:
@@ -204,7 +239,9 @@ class Checkpoint:
 
     def hash_what_is_read(self) -> None:
         """From now on: a later `verify` needs no second pass over files that were read from front to back."""
-        for reader in {reader for pieces in self.parts.values() for reader, _ in pieces} if self.path.is_dir() else ():
+        for reader in (
+            {reader for pieces in self.parts.values() for reader, _ in pieces} if self.path.is_dir() else ()
+        ):
             reader.start_digest()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -223,14 +260,18 @@ def read_manifest(folder: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}): it was damaged after it was saved") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error!r}): it was damaged after it was saved"
+        ) from None
     if _digest({"state": state, "files": files}) != checksum:
         raise CheckpointError(f"{path} does not match its own checksum: it was altered after it was saved")
     for name, entry in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing: the checkpoint is not whole")
         if (size := (folder / name).stat().st_size) != entry["size"]:
-            raise CheckpointError(f"{folder / name} has {size} bytes, {entry['size']} were saved: it was damaged after it was saved")
+            raise CheckpointError(
+                f"{folder / name} has {size} bytes, {entry['size']} were saved: it was damaged after it was saved"
+            )
     return manifest
 
 
@@ -249,7 +290,9 @@ def candidates(save_dir: Path, which: str) -> list[Path]:
 
 def checkpoints(save_dir: Path) -> list[Path]:
     """Finished checkpoint folders, newest first."""
-    found = [path for path in save_dir.glob("*-*") if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    found = [
+        path for path in save_dir.glob("*-*") if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
+    ]
     return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
 
 
@@ -272,7 +315,9 @@ class Saver:
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
         self._thread, self._error, self._newest = None, None, None
 
-    def save(self, name: str, pieces: list[Piece], state: dict, links: tuple[str, ...], in_background: bool = False) -> None:
+    def save(
+        self, name: str, pieces: list[Piece], state: dict, links: tuple[str, ...], in_background: bool = False
+    ) -> None:
         """Saves the pieces as `<save_dir>/<name>` and points `links` at it. In the background, training may go on at once."""
         began = time.perf_counter()
         self.wait()
@@ -281,7 +326,9 @@ class Saver:
             pieces = [Piece(p.name, p.shape, p.box, _host_copy(p.data)) for p in pieces]
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # the copies are complete before training changes what they copy
-            self._thread = threading.Thread(target=self._run, args=(name, pieces, state, rng, links, began), name="checkpoint")
+            self._thread = threading.Thread(
+                target=self._run, args=(name, pieces, state, rng, links, began), name="checkpoint"
+            )
             self._thread.start()
         else:
             self._write(name, pieces, state, rng, links, began)
@@ -330,7 +377,9 @@ class Saver:
             file = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
             specs = {piece.name: (piece.data.dtype, tuple(piece.data.shape)) for piece in pieces}
             boxes = json.dumps({piece.name: (piece.shape, piece.box.offsets) for piece in pieces})
-            with TensorFileWriter(temporary / file, specs, {"boxes": boxes, "rng": rng}, checksums="file") as writer:
+            with TensorFileWriter(
+                temporary / file, specs, {"boxes": boxes, "rng": rng}, checksums="file"
+            ) as writer:
                 for piece in pieces:
                     writer.add(piece.name, piece.data)
                 return file, writer.finish()
@@ -338,7 +387,9 @@ class Saver:
         try:
             self._together(prepare if rank == 0 else None, name)
             files = dict(self._together(write, name))
-            self._together((lambda: self._publish(name, temporary, files, state, links)) if rank == 0 else None, name)
+            self._together(
+                (lambda: self._publish(name, temporary, files, state, links)) if rank == 0 else None, name
+            )
         except TrainingFailed:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -347,7 +398,9 @@ class Saver:
 
     def _publish(self, name: str, temporary: Path, files: dict, state: dict, links: tuple[str, ...]) -> None:
         """Everything is on disk but the names: from here on, each step leaves a whole checkpoint behind."""
-        body = json.loads(json.dumps({"state": state, "files": files}))  # as it will be read: keys are strings
+        body = json.loads(
+            json.dumps({"state": state, "files": files})
+        )  # as it will be read: keys are strings
         _write_json(temporary / MANIFEST, {**body, "checksum": _digest(body)})
         _fsync_folder(temporary)
         final, replaced = self.save_dir / name, self.save_dir / f".replaced-{name}"
@@ -446,8 +499,15 @@ def merge(source: str | Path, out_file: str | Path) -> Path:
         return Path(out_file)
     checkpoint, out_file = Checkpoint.open(source), Path(out_file)
     placeholders = json.dumps({name: f"{index:032x}" for index, name in enumerate(checkpoint.tensors)})
-    metadata = {"state": json.dumps(checkpoint.state), "state_digest": _digest(checkpoint.state), "digests": placeholders}
-    with temporary_sibling(out_file) as temporary, TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer:
+    metadata = {
+        "state": json.dumps(checkpoint.state),
+        "state_digest": _digest(checkpoint.state),
+        "digests": placeholders,
+    }
+    with (
+        temporary_sibling(out_file) as temporary,
+        TensorFileWriter(temporary, checkpoint.tensors, metadata, "tensors") as writer,
+    ):
         checkpoint.hash_what_is_read()
         try:
             for name in checkpoint.tensors:
@@ -508,4 +568,7 @@ def set_rng_state(text: str) -> None:
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensor(state["cuda"]))
     elif torch.cuda.is_available():
-        warnings.warn("the checkpoint was saved without CUDA: the device's random numbers start from the seed", stacklevel=2)
+        warnings.warn(
+            "the checkpoint was saved without CUDA: the device's random numbers start from the seed",
+            stacklevel=2,
+        )

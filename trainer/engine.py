@@ -17,7 +17,13 @@ def choose(engine: str) -> str:
     if engine == "nnscaler" and missing:
         raise ValueError(f"--engine=nnscaler: {missing}, or use --engine=native")
     name = "native" if engine == "native" or missing else "nnscaler"
-    why = f"--engine={engine}" if engine != "auto" else missing.split(":")[0] if missing else "nnScaler and CUDA are there"
+    why = (
+        f"--engine={engine}"
+        if engine != "auto"
+        else missing.split(":")[0]
+        if missing
+        else "nnScaler and CUDA are there"
+    )
     logger.info("engine: %s (%s)", name, why)
     return name
 
@@ -41,5 +47,7 @@ def _missing_for_nnscaler() -> str | None:
     import torch
 
     if torch.cuda.device_count() == 0:
-        return "nnScaler needs CUDA, and there is no CUDA device: run where torch.cuda.device_count() is above 0"
+        return (
+            "nnScaler needs CUDA, and there is no CUDA device: run where torch.cuda.device_count() is above 0"
+        )
     return None

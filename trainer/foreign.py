@@ -31,7 +31,9 @@ def merge(folder: Path, out_file: Path) -> None:
     try:
         from nnscaler.cli.trainer import Trainer
     except ImportError:
-        raise ValueError(f"{folder} holds nnScaler's shards, which only nnScaler merges: install it (requirements-nnscaler.txt)") from None
+        raise ValueError(
+            f"{folder} holds nnScaler's shards, which only nnScaler merges: install it (requirements-nnscaler.txt)"
+        ) from None
     files = sorted(folder.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
     Trainer.merge_checkpoint([str(file) for file in files], str(out_file))
 
@@ -45,7 +47,9 @@ class MergedFile:
     def __init__(self, path: Path):
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            weights, optimizer, status, args = (content[key] for key in ("model", "optimizer", "train_status", "train_args"))
+            weights, optimizer, status, args = (
+                content[key] for key in ("model", "optimizer", "train_status", "train_args")
+            )
             per_parameter, step = optimizer["state"], status["finished_train_steps"]
         except Exception as error:  # torch.load raises all sorts of them
             raise ValueError(f"{path} is no merged checkpoint: {str(error).splitlines()[0]}") from None
@@ -65,8 +69,18 @@ class MergedFile:
                 self.tensors[f"optimizer.{name}.{key}"] = state[key]
         samples = step * args["global_batch_size"]
         counts = {"step": step, "samples": samples, "updates": step}
-        derived = {"epoch": 0, "step": step, "samples": samples, "world_size": len(content.get("rng_states", [None])), "config": args}
-        derived |= {"global_batch_size": args["global_batch_size"], "seed": args["seed"], "train_state": counts}
+        derived = {
+            "epoch": 0,
+            "step": step,
+            "samples": samples,
+            "world_size": len(content.get("rng_states", [None])),
+            "config": args,
+        }
+        derived |= {
+            "global_batch_size": args["global_batch_size"],
+            "seed": args["seed"],
+            "train_state": counts,
+        }
         self.state: dict = json.loads(content["trainer_state"][0]) if "trainer_state" in content else derived
 
     def read(self, name: str, box: Box, out: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,10 @@ class JsonlLogger:
     def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
         if (step, "step", *metrics) in self._known:
             return
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
         try:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:

@@ -52,7 +52,12 @@ class Trainer:
         logging.getLogger("nnscaler").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", "Length of .* dataset")  # short micro-batches are padded
         config = self.train_args.checkpoint
-        if config.get_resume_checkpoint() is None and not config.no_save and _rank() == 0 and (Path(config.save_dir) / "last").exists():
+        if (
+            config.get_resume_checkpoint() is None
+            and not config.no_save
+            and _rank() == 0
+            and (Path(config.save_dir) / "last").exists()
+        ):
             set_aside(Path(config.save_dir))
         try:
             nnscaler_trainer.Trainer(train_args=_translate(self.train_args)).run()
@@ -77,8 +82,14 @@ def _refuse(args: TrainerArgs) -> None:
     refusals = [
         (options.get("compile"), "compile: its generated code is run as it is; use --compile=off"),
         (options.get("async_save"), "async_save: use --async_save=off"),
-        (options.get("recompute", "none") not in ("none", "full"), "recompute of some layers: use --recompute=full or none"),
-        (options.get("recompute") == "full" and args.pas_policy == "dp", "recompute with pas_policy 'dp': use 'autodist'"),
+        (
+            options.get("recompute", "none") not in ("none", "full"),
+            "recompute of some layers: use --recompute=full or none",
+        ),
+        (
+            options.get("recompute") == "full" and args.pas_policy == "dp",
+            "recompute with pas_policy 'dp': use 'autodist'",
+        ),
         (mapped and (mapped.on_epoch_start or mapped.on_epoch_end), "epoch hooks: use the step hooks"),
         (not args.checkpoint.symlink_best_and_last, "checkpoint.symlink_best_and_last=False: leave it True"),
         (
@@ -93,7 +104,9 @@ def _refuse(args: TrainerArgs) -> None:
     if problems := [f"--engine=nnscaler does not support {text}" for asked, text in refusals if asked]:
         raise ValueError("\n".join(problems))
     if resume and resume.is_file():
-        foreign.MergedFile(resume)  # nnScaler unpickles whatever it is given; what holds more than data stops here
+        foreign.MergedFile(
+            resume
+        )  # nnScaler unpickles whatever it is given; what holds more than data stops here
 
 
 # ---------------------------------------------------------------- surroundings
@@ -106,7 +119,9 @@ def _pretend_torchrun() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= dict(TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="1", RANK="0")
+    os.environ |= dict(
+        TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="1", RANK="0"
+    )
     os.environ |= dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK="0")
 
 
@@ -121,7 +136,9 @@ def _fit_torch() -> None:
         del table[function]  # named in torch's listing, but not to be found there
     if not hasattr(TorchFXPatcher, "is_impure_of_0_8"):
         TorchFXPatcher.is_impure_of_0_8 = TorchFXPatcher.is_impure_new
-        TorchFXPatcher.is_impure_new = staticmethod(lambda node, *_, **__: TorchFXPatcher.is_impure_of_0_8(node))
+        TorchFXPatcher.is_impure_new = staticmethod(
+            lambda node, *_, **__: TorchFXPatcher.is_impure_of_0_8(node)
+        )
 
 
 # ---------------------------------------------------------------- arguments
@@ -149,7 +166,8 @@ def _translate(args: TrainerArgs) -> "_Args":
             args.checkpoint,
             every_n_epochs=None,
             every_n_train_steps=args.checkpoint.every_n_train_steps or sys.maxsize,
-            save_best=args.checkpoint.save_best and bool(args.dataset.val_args),  # without validation the newest would be the best
+            save_best=args.checkpoint.save_best
+            and bool(args.dataset.val_args),  # without validation the newest would be the best
         ),
         "gen_reuse": "moo",  # what a killed run left unfinished is generated again
         "max_epochs": None,
@@ -166,7 +184,9 @@ def _real(value: Any) -> Any:
         return [_real(item) for item in value]
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    return getattr(trainer_args, type(value).__name__)(**{item.name: _real(getattr(value, item.name)) for item in fields(value)})
+    return getattr(trainer_args, type(value).__name__)(
+        **{item.name: _real(getattr(value, item.name)) for item in fields(value)}
+    )
 
 
 @dataclass
@@ -186,10 +206,18 @@ class _Args(trainer_args.TrainerArgs):
     def _code_key(self) -> str:
         """Names the folder of generated code after everything that determines it, the weights baked into it among them."""
         model = self.model_type(**self.ours.model.args)
-        collate = load_type(self.ours.dataloader.train_args.get("collate_fn")) or torch.utils.data.default_collate
-        batch = collate([self.sets["train"][index] for index in range(self.micro_batch_size)])  # the same on every rank
-        classes = [cls for cls in self.model_type.__mro__ if not cls.__module__.startswith(("torch", "builtins"))]
-        sources = {inspect.getsourcefile(item) for item in (*classes, *getattr(model, "whole_functions", {}), _Args)}
+        collate = (
+            load_type(self.ours.dataloader.train_args.get("collate_fn")) or torch.utils.data.default_collate
+        )
+        batch = collate(
+            [self.sets["train"][index] for index in range(self.micro_batch_size)]
+        )  # the same on every rank
+        classes = [
+            cls for cls in self.model_type.__mro__ if not cls.__module__.startswith(("torch", "builtins"))
+        ]
+        sources = {
+            inspect.getsourcefile(item) for item in (*classes, *getattr(model, "whole_functions", {}), _Args)
+        }
         files = (model.weight_files() if hasattr(model, "weight_files") else None) or {}
         plain, config = self.ours.to_dict(), getattr(getattr(model, "model", None), "config", None)
         facts = {
@@ -197,7 +225,9 @@ class _Args(trainer_args.TrainerArgs):
             "batch": [self.global_batch_size, self.micro_batch_size, _shapes(batch)],
             "config": config and config.to_dict(),
             "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
-            "weights": sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files.values())),
+            "weights": sorted(
+                (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files.values())
+            ),
             "sources": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(sources)],
             "versions": [importlib.metadata.version(name) for name in ("nnscaler", "torch", "transformers")],
         }
@@ -215,13 +245,20 @@ class _Args(trainer_args.TrainerArgs):
     def create_model(self) -> torch.nn.Module:
         """With real weights: nnScaler starts from those that it traces."""
         model = super().create_model()
-        prefix, files = getattr(model, "name_prefix", ""), model.weight_files() if hasattr(model, "weight_files") else None
+        prefix, files = (
+            getattr(model, "name_prefix", ""),
+            model.weight_files() if hasattr(model, "weight_files") else None,
+        )
         made: dict[int, torch.nn.Parameter] = {}  # a tied parameter is made once
         for module_name, module in model.named_modules():
             for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if parameter.is_meta and id(parameter) not in made:
                     name = f"{module_name}.{key}".removeprefix(prefix)
-                    value = TensorFileReader(files[name]).read(name) if files else model.initial_values(name, 0, parameter.numel())
+                    value = (
+                        TensorFileReader(files[name]).read(name)
+                        if files
+                        else model.initial_values(name, 0, parameter.numel())
+                    )
                     made[id(parameter)] = torch.nn.Parameter(value.float().reshape(parameter.shape))
                 if parameter.is_meta:
                     setattr(module, key, made[id(parameter)])
@@ -247,7 +284,11 @@ class _Args(trainer_args.TrainerArgs):
         each = args.micro_batch_size * args.scaling_factor
         sampler.micro_batches = steps * args.update_freq if train else math.ceil(len(dataset) / each)
         options = (args.dataloader.val_args if not train else None) or args.dataloader.train_args
-        options = {key: load_type(value) if key == "collate_fn" else value for key, value in options.items() if key != "drop_last"}
+        options = {
+            key: load_type(value) if key == "collate_fn" else value
+            for key, value in options.items()
+            if key != "drop_last"
+        }
         return _Loader(dataset, batch_sampler=sampler, **options)
 
     def create_loggers(self) -> list:
@@ -338,7 +379,11 @@ class _Bookkeeper(train_hook.TrainHook):
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()  # a merged file shares one among all parameters
         # Optimizer and schedule follow this run's arguments.
-        given = {key: value for key, value in self.ours.optimizer.args.items() if key in trainer.optimizer.param_groups[0]}
+        given = {
+            key: value
+            for key, value in self.ours.optimizer.args.items()
+            if key in trainer.optimizer.param_groups[0]
+        }
         for group in trainer.optimizer.param_groups:
             group.pop("initial_lr", None)
             group.update(given)
@@ -356,7 +401,9 @@ class _Bookkeeper(train_hook.TrainHook):
     def on_load_checkpoint(self, trainer, state: dict) -> None:
         text = state.get("trainer_state")
         if text is None:
-            raise ValueError("the checkpoint was not written by this train.py: export its weights and start from them")
+            raise ValueError(
+                "the checkpoint was not written by this train.py: export its weights and start from them"
+            )
         self.resumed = json.loads(text[0] if isinstance(text, list) else text)
         self.samples, self.tokens = self.resumed["samples"], self.resumed["train_state"]["tokens"]
         best = self.resumed["train_state"]["best_val_loss"]
@@ -366,14 +413,19 @@ class _Bookkeeper(train_hook.TrainHook):
     def on_train_start(self, trainer) -> None:
         if self.resumed:
             trainer.train_status.best_loss = self.best
-        if self.ours.compute_config.pas_config.get("validate_first") and trainer.train_status.finished_train_steps == 0:
+        if (
+            self.ours.compute_config.pas_config.get("validate_first")
+            and trainer.train_status.finished_train_steps == 0
+        ):
             trainer._validate(nnscaler_trainer._StepStat())
 
     def on_step_start(self, trainer, epoch, idx) -> None:
         self.began = time.perf_counter()
 
     def on_train_step_start(self, trainer, batches) -> None:
-        self.step_tokens = sum(int(batch.get("num_tokens", 0)) for batch in batches if isinstance(batch, dict))
+        self.step_tokens = sum(
+            int(batch.get("num_tokens", 0)) for batch in batches if isinstance(batch, dict)
+        )
 
     def after_gnorm_clip(self, trainer, gnorm) -> None:
         if not math.isfinite(gnorm.item()):
@@ -386,36 +438,63 @@ class _Bookkeeper(train_hook.TrainHook):
         device = torch.cuda.current_device()
         tokens = torch.tensor(self.step_tokens, device=device)
         dist.all_reduce(tokens, group=trainer.sync_group)
-        largest = torch.tensor([peak_memory_gib(torch.device("cuda")), self.stop], dtype=torch.float64, device=device)
+        largest = torch.tensor(
+            [peak_memory_gib(torch.device("cuda")), self.stop], dtype=torch.float64, device=device
+        )
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         peak, self.stop = largest.tolist()
         self.epoch, self.tokens = self._epoch(self.samples), self.tokens + tokens.item()
         seconds = time.perf_counter() - self.began
         for name in ("loss", "train_wall"):
             metrics.pop(name)
-        metrics |= dict(epoch=self.epoch, tokens=self.tokens, tokens_per_second=tokens.item() / seconds, step_seconds=seconds)
+        metrics |= dict(
+            epoch=self.epoch,
+            tokens=self.tokens,
+            tokens_per_second=tokens.item() / seconds,
+            step_seconds=seconds,
+        )
         metrics["peak_memory_gib"] = peak
 
     def on_step_end(self, trainer, epoch, idx, metrics, aggregated) -> None:
         ours = self.ours
         self.samples += ours.global_batch_size
-        ended, last = self._epoch(self.samples) > self.epoch, trainer.train_status.finished_train_steps == trainer.max_train_steps
+        ended, last = (
+            self._epoch(self.samples) > self.epoch,
+            trainer.train_status.finished_train_steps == trainer.max_train_steps,
+        )
         if ended and ours.lr_scheduler and ours.lr_scheduler.interval == "epoch":
             trainer.lr_scheduler.step()
-        step_stat = nnscaler_trainer._StepStat(train_loss=aggregated.loss_sum / max(1, aggregated.num_tokens or aggregated.num_batches))
-        epochs, save, validate = self._epoch(self.samples), ours.checkpoint.every_n_epochs, ours.val_every_n_epochs
+        step_stat = nnscaler_trainer._StepStat(
+            train_loss=aggregated.loss_sum / max(1, aggregated.num_tokens or aggregated.num_batches)
+        )
+        epochs, save, validate = (
+            self._epoch(self.samples),
+            ours.checkpoint.every_n_epochs,
+            ours.val_every_n_epochs,
+        )
         if (ended and save and epochs % save == 0 or self.stop) and not last:
             trainer._validate_and_save(step_stat)
-        elif ended and validate and epochs % validate == 0 and not last and trainer.dataloader["val"] is not None:
+        elif (
+            ended
+            and validate
+            and epochs % validate == 0
+            and not last
+            and trainer.dataloader["val"] is not None
+        ):
             trainer._validate(step_stat)
         if self.stop and not last:
-            logger.info("SIGTERM: saved step %d and stopping; --resume_from=last goes on", trainer.train_status.finished_train_steps)
+            logger.info(
+                "SIGTERM: saved step %d and stopping; --resume_from=last goes on",
+                trainer.train_status.finished_train_steps,
+            )
             self.loggers.finalize()
             sys.exit(SIGTERM_EXIT_CODE)
 
     def after_aggregate_val_step_outputs(self, trainer, aggregated, val_loss) -> None:
         if aggregated.num_tokens is not None:
-            aggregated.num_batches = aggregated.num_tokens  # what nnScaler divides by: the mean is over tokens
+            aggregated.num_batches = (
+                aggregated.num_tokens
+            )  # what nnScaler divides by: the mean is over tokens
 
     def before_log_val_metrics(self, trainer, metrics) -> None:
         metrics.pop("val_wall", None)
@@ -423,7 +502,10 @@ class _Bookkeeper(train_hook.TrainHook):
         self.val_loss = metrics["val_loss"]
 
     def on_save_checkpoint(self, trainer, state: dict) -> None:
-        step, best = trainer.train_status.finished_train_steps, min(trainer.train_status.best_loss, self.val_loss)
+        step, best = (
+            trainer.train_status.finished_train_steps,
+            min(trainer.train_status.best_loss, self.val_loss),
+        )
         ours = {
             "step": step,
             "epoch": self.epoch,
@@ -432,7 +514,11 @@ class _Bookkeeper(train_hook.TrainHook):
             "global_batch_size": self.ours.global_batch_size,
             "seed": self.ours.seed,
             "train_state": dict(
-                step=step, samples=self.samples, tokens=self.tokens, updates=step, best_val_loss=best if math.isfinite(best) else None
+                step=step,
+                samples=self.samples,
+                tokens=self.tokens,
+                updates=step,
+                best_val_loss=best if math.isfinite(best) else None,
             ),
             "config": self.ours.to_dict(),
         }

@@ -14,7 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.tensorfile import Box
 
-_DTYPES = {"fp32": None, "none": None, "bf16": torch.bfloat16}  # None: compute in what the master weights are kept in
+_DTYPES = {
+    "fp32": None,
+    "none": None,
+    "bf16": torch.bfloat16,
+}  # None: compute in what the master weights are kept in
 
 
 def pick_device() -> torch.device:
@@ -31,7 +35,9 @@ def build_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, precision: str, recompute_layers: int | None, compile_layers: bool) -> None:
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, precision: str, recompute_layers: int | None, compile_layers: bool
+) -> None:
     """Shards the model in place. The order matters: what is recomputed is compiled with it, and FSDP gathers around both.
 
     precision: of the computation; gradients are reduced, and master weights kept, in fp32. recompute_layers: how many of the
@@ -45,7 +51,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, precision: str, recompute_la
     if compile_layers:
         for layer in layers:
             layer.compile(dynamic=False)
-    policy = MixedPrecisionPolicy(param_dtype=_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in [*layers, *getattr(model, "sharded_alone", [])]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -70,12 +78,16 @@ def local_box(tensor: torch.Tensor) -> Box:
     """Where `local(tensor)` lies in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return Box.whole(tensor.shape)
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    shape, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return Box(tuple(offsets), tuple(shape))
 
 
 @torch.no_grad()
-def fill(names: dict[nn.Parameter, str], put: Callable[[torch.Tensor, str, tuple[int, ...], Box], object]) -> None:
+def fill(
+    names: dict[nn.Parameter, str], put: Callable[[torch.Tensor, str, tuple[int, ...], Box], object]
+) -> None:
     """Lets `put(this rank's shard, name, shape of the whole, box of the shard)` set every parameter, in place."""
     for parameter, name in names.items():
         box = local_box(parameter)

@@ -58,7 +58,11 @@ class GlobalBatchSampler:
         start: int = 0,
         stop: int | None = None,
     ):
-        self.num_samples, self.micro_batch_size, self.accumulation = num_samples, micro_batch_size, accumulation
+        self.num_samples, self.micro_batch_size, self.accumulation = (
+            num_samples,
+            micro_batch_size,
+            accumulation,
+        )
         self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
         self.start, self.stop = start, stop
 
@@ -77,5 +81,7 @@ class GlobalBatchSampler:
             return offsets
         result = np.empty_like(offsets)
         for epoch in np.unique(epochs):
-            result[epochs == epoch] = permute(offsets[epochs == epoch], self.num_samples, self.seed, int(epoch))
+            result[epochs == epoch] = permute(
+                offsets[epochs == epoch], self.num_samples, self.seed, int(epoch)
+            )
         return result

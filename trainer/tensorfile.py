@@ -49,7 +49,10 @@ class Box:
 
     def overlap(self, other: "Box") -> "Box | None":
         starts = tuple(map(max, self.offsets, other.offsets))
-        stops = tuple(min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True))
+        stops = tuple(
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True)
+        )
         shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
         return Box(starts, shape) if all(n > 0 for n in shape) else None
 
@@ -85,11 +88,17 @@ class TensorFileReader:
             self.metadata = header.pop("__metadata__", {})
             self._data_start, self._size = 8 + length, size
             self._front, self._digest, self._hashed = struct.pack("<Q", length) + encoded, None, 0
-            self.tensors = {name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+            self.tensors = {
+                name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
+            }
             self._starts = {name: entry["data_offsets"][0] for name, entry in header.items()}
             for name, (dtype, shape) in self.tensors.items():
                 begin, end = header[name]["data_offsets"]
-                if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize or self._data_start + end > size:
+                if (
+                    begin < 0
+                    or end - begin != math.prod(shape) * dtype.itemsize
+                    or self._data_start + end > size
+                ):
                     raise ValueError(f"tensor {name} does not lie inside it")
         except FileNotFoundError:
             raise TensorFileError(f"{path} is missing") from None
@@ -149,12 +158,20 @@ class TensorFileWriter:
     """
 
     def __init__(
-        self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str], checksums: str | None = None
+        self,
+        path: Path,
+        specs: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: dict[str, str],
+        checksums: str | None = None,
     ):
         header, offset = {"__metadata__": {"format": "pt", **metadata}}, 0
         for name, (dtype, shape) in specs.items():
             size = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
@@ -188,7 +205,12 @@ class TensorFileWriter:
             if self._written - self._flushing >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
                 # The disk begins now what fsync would otherwise wait for at the end: Linux starts to write what it is told to forget.
                 with contextlib.suppress(OSError):  # a hint, which some file systems do not take
-                    os.posix_fadvise(self._file.fileno(), self._flushing, self._written - self._flushing, os.POSIX_FADV_DONTNEED)
+                    os.posix_fadvise(
+                        self._file.fileno(),
+                        self._flushing,
+                        self._written - self._flushing,
+                        os.POSIX_FADV_DONTNEED,
+                    )
                 self._flushing = self._written
 
     def add(self, name: str, tensor: torch.Tensor) -> None:

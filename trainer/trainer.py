@@ -127,7 +127,9 @@ class Trainer:
         """The model with its weights, and the datasets: all that validation needs."""
         args = self.train_args
         if args.compute_config.runtime_ngpus != self.world_size:
-            raise ValueError(f"compute_config.runtime_ngpus is {args.compute_config.runtime_ngpus}, but {self.world_size} ranks run")
+            raise ValueError(
+                f"compute_config.runtime_ngpus is {args.compute_config.runtime_ngpus}, but {self.world_size} ranks run"
+            )
         if self.options.get("deterministic"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
@@ -138,8 +140,12 @@ class Trainer:
         if args.init_env_fn:
             load_type(args.init_env_fn)(self)
         self.train_set = load_type(args.dataset.type)(**args.dataset.train_args)
-        self.val_set = load_type(args.dataset.type)(**args.dataset.val_args) if args.dataset.val_args else None
-        self.collate = load_type(args.dataloader.train_args.get("collate_fn")) or torch.utils.data.default_collate
+        self.val_set = (
+            load_type(args.dataset.type)(**args.dataset.val_args) if args.dataset.val_args else None
+        )
+        self.collate = (
+            load_type(args.dataloader.train_args.get("collate_fn")) or torch.utils.data.default_collate
+        )
 
         self.save_dir = Path(args.checkpoint.save_dir)
         self.control = dist.new_group(backend="gloo")  # carries objects and barriers, which nccl would not
@@ -153,17 +159,28 @@ class Trainer:
         prefix = getattr(model, "name_prefix", "")
         recompute = self.options.get("recompute", "full" if self.options.get("recompute_modules") else "none")
         layers = {"full": None, "none": 0}.get(recompute, recompute)
-        parallel.parallelize(model, parallel.build_mesh(self.device), args.precision["param"], layers, self.options.get("compile", False))
+        parallel.parallelize(
+            model,
+            parallel.build_mesh(self.device),
+            args.precision["param"],
+            layers,
+            self.options.get("compile", False),
+        )
         parallel.materialize(model, self.device)
         self.names = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
         if source:
             parallel.fill(
-                self.names, lambda out, name, shape, box: _checked(source, f"model.{name}", shape).read(f"model.{name}", box, out)
+                self.names,
+                lambda out, name, shape, box: _checked(source, f"model.{name}", shape).read(
+                    f"model.{name}", box, out
+                ),
             )
         elif files := (model.weight_files() if hasattr(model, "weight_files") else None):
             self._fill_from_files(model, files)
         elif hasattr(model, "initial_values"):
-            parallel.fill(self.names, lambda out, name, shape, box: out.copy_(_initial(model, name, shape, box)))
+            parallel.fill(
+                self.names, lambda out, name, shape, box: out.copy_(_initial(model, name, shape, box))
+            )
         return model
 
     def _fill_from_files(self, model, files: dict[str, Path]) -> None:
@@ -171,10 +188,14 @@ class Trainer:
 
         def put(out, name, shape, box):
             if name not in files:
-                raise ValueError(f"the pretrained weights hold no parameter {name}: they belong to another model")
+                raise ValueError(
+                    f"the pretrained weights hold no parameter {name}: they belong to another model"
+                )
             reader = readers[files[name]]
             if reader.tensors[name][1] != shape:
-                raise ValueError(f"{reader.path}: {name} has shape {reader.tensors[name][1]}, the model's configuration says {shape}")
+                raise ValueError(
+                    f"{reader.path}: {name} has shape {reader.tensors[name][1]}, the model's configuration says {shape}"
+                )
             out.copy_(reader.read(name, box))
 
         parallel.fill(self.names, put)
@@ -198,12 +219,16 @@ class Trainer:
         if args.lr_scheduler:
             self.scheduler = load_type(args.lr_scheduler.type)(self.optimizer, **args.lr_scheduler.args)
             # Replayed rather than restored: the schedule is a function of the step and of this run's arguments.
-            self._step_scheduler(self.state.step if args.lr_scheduler.interval == "step" else self._epoch(self.state.samples))
+            self._step_scheduler(
+                self.state.step if args.lr_scheduler.interval == "step" else self._epoch(self.state.samples)
+            )
         dist.barrier(group=self.control)  # every rank has read what it resumes
         if self.rank == 0 and not args.checkpoint.no_save:
             checkpoint.clean_up(self.save_dir)
         # A group of its own, as it may save while the training goes on.
-        self.saver = checkpoint.Saver(self.save_dir, args.checkpoint.keep_last_n_checkpoints, dist.new_group(backend="gloo"))
+        self.saver = checkpoint.Saver(
+            self.save_dir, args.checkpoint.keep_last_n_checkpoints, dist.new_group(backend="gloo")
+        )
         if self.rank == 0:
             self.loggers = [load_type(config.type)(**config.args) for config in args.log]
             for log in self.loggers:
@@ -213,7 +238,9 @@ class Trainer:
 
     def _set_aside_old_checkpoints(self) -> None:
         """A fresh run never writes into another run's folder."""
-        found = not self.train_args.checkpoint.no_save and (checkpoint.checkpoints(self.save_dir) or (self.save_dir / "last").exists())
+        found = not self.train_args.checkpoint.no_save and (
+            checkpoint.checkpoints(self.save_dir) or (self.save_dir / "last").exists()
+        )
         dist.barrier(group=self.control)  # every rank has looked before it moves
         if found and self.rank == 0:
             set_aside(self.save_dir)
@@ -222,7 +249,11 @@ class Trainer:
     def _nothing_to_do(self) -> bool:
         self.last_step = self._last_step()
         if self.state.step >= self.last_step and self.rank == 0:
-            logger.info("nothing to do: step %d of %d is reached (raise --max_train_steps to go on)", self.state.step, self.last_step)
+            logger.info(
+                "nothing to do: step %d of %d is reached (raise --max_train_steps to go on)",
+                self.state.step,
+                self.last_step,
+            )
         return self.state.step >= self.last_step
 
     # ------------------------------------------------------------ resuming
@@ -276,7 +307,9 @@ class Trainer:
             state = self.optimizer.state[parameter]
             for key in sorted(keys):
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                source.read(f"optimizer.{name}.{key}", parallel.local_box(parameter), out=parallel.local(state[key]))
+                source.read(
+                    f"optimizer.{name}.{key}", parallel.local_box(parameter), out=parallel.local(state[key])
+                )
             # Where the optimizer keeps it itself: beside the parameter if fused, else on the CPU.
             fused = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
             state["step"] = torch.tensor(float(self.state.updates), device=self.device if fused else "cpu")
@@ -284,7 +317,9 @@ class Trainer:
             checkpoint.set_rng_state(source.rng[self.rank])
         self._hook("on_load_checkpoint", saved)
         if self.rank == 0:
-            logger.info("resumed from %s: step %d, %d samples seen", source.path, self.state.step, self.state.samples)
+            logger.info(
+                "resumed from %s: step %d, %d samples seen", source.path, self.state.step, self.state.samples
+            )
         self._hook("after_load_checkpoint", saved)
 
     # ------------------------------------------------------------ the loop
@@ -324,7 +359,9 @@ class Trainer:
             if self.scheduler and (args.lr_scheduler.interval == "step" or epoch_ended):
                 self._step_scheduler(1)
             self._step_seconds = seconds = time.perf_counter() - began
-            peak, save_failed, stop, save = self._agree(peak_memory_gib(self.device), self.saver.failed, *self._signals.values())
+            peak, save_failed, stop, save = self._agree(
+                peak_memory_gib(self.device), self.saver.failed, *self._signals.values()
+            )
             if save_failed:
                 self.saver.wait()  # raises, on all ranks
             metrics = {
@@ -357,7 +394,9 @@ class Trainer:
         self.saver.prune()
         self._log_save()
 
-    def _after_step(self, epoch: int, epoch_ended: bool, last_step: int, updated: bool, stop: bool, save: bool) -> None:
+    def _after_step(
+        self, epoch: int, epoch_ended: bool, last_step: int, updated: bool, stop: bool, save: bool
+    ) -> None:
         """Validation and saves where they are due; a SIGTERM leaves from here."""
         args, state, every = self.train_args, self.state, self.train_args.checkpoint
         last = state.step == last_step
@@ -369,7 +408,9 @@ class Trainer:
             or bool(epoch_ended and every.every_n_epochs and (epoch + 1) % every.every_n_epochs == 0)
         )
         save_due |= self._save_postponed
-        self._save_postponed = save_due and not (updated or last)  # weights that give no loss are not worth keeping
+        self._save_postponed = save_due and not (
+            updated or last
+        )  # weights that give no loss are not worth keeping
         save_due &= not self._save_postponed
         val_due = (
             save_due
@@ -390,7 +431,11 @@ class Trainer:
                 if self.rank == 0:
                     logger.warning("WARNING: %s", broken)
                 save_due = False
-            best = val_loss is not None and math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
+            best = (
+                val_loss is not None
+                and math.isfinite(val_loss)
+                and (state.best_val_loss is None or val_loss < state.best_val_loss)
+            )
             if best and save_due:
                 state.best_val_loss = val_loss
         if (save_due or save or stop) and not every.no_save:
@@ -399,7 +444,9 @@ class Trainer:
         if stop and not last:
             self.saver.wait()
             if self.rank == 0:
-                logger.info("SIGTERM: saved step %d and stopping; --resume_from=last goes on from here", state.step)
+                logger.info(
+                    "SIGTERM: saved step %d and stopping; --resume_from=last goes on from here", state.step
+                )
             dist.barrier(group=self.control)
             sys.exit(SIGTERM_EXIT_CODE)
 
@@ -428,10 +475,14 @@ class Trainer:
         self._hook("after_sync_grad")
         gradients = [parallel.local(p.grad) for p in self.names if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)).double()
-        sums = torch.stack([norms.square().sum(), torch.tensor(tokens, dtype=torch.float64, device=self.device)])
+        sums = torch.stack(
+            [norms.square().sum(), torch.tensor(tokens, dtype=torch.float64, device=self.device)]
+        )
         dist.all_reduce(sums)
         divisor = _divisor(aggregated, config.grad_reduction)
-        gnorm = math.sqrt(sums[0].item()) / divisor if divisor else math.nan  # a batch without targets is skipped
+        gnorm = (
+            math.sqrt(sums[0].item()) / divisor if divisor else math.nan
+        )  # a batch without targets is skipped
         tokens = int(sums[1].item())
         self._hook("before_gnorm_clip")
         clip = min(1.0, config.clip_gnorm / (gnorm + 1e-6)) if config.clip_gnorm else 1.0
@@ -457,7 +508,9 @@ class Trainer:
         function = self.train_args.optimizer.aggregate_outputs_fn
         if function:
             return load_type(function)(outputs, dist.group.WORLD)
-        return AggregatedOutputs.aggregate(outputs, dist.group.WORLD, lambda o: o[0] if isinstance(o, (tuple, list)) else o)
+        return AggregatedOutputs.aggregate(
+            outputs, dist.group.WORLD, lambda o: o[0] if isinstance(o, (tuple, list)) else o
+        )
 
     # ------------------------------------------------------------ validation
 
@@ -475,9 +528,16 @@ class Trainer:
         if args.max_val_steps:
             stop = min(stop, args.max_val_steps * args.micro_batch_size * self.world_size)
         sampler = GlobalBatchSampler(
-            len(self.val_set), args.micro_batch_size, rank=self.rank, world_size=self.world_size, shuffle=False, stop=stop
+            len(self.val_set),
+            args.micro_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            shuffle=False,
+            stop=stop,
         )
-        for batch in self._loader(self.val_set, sampler, args.dataloader.val_args or args.dataloader.train_args):
+        for batch in self._loader(
+            self.val_set, sampler, args.dataloader.val_args or args.dataloader.train_args
+        ):
             if until_sigterm and self._agree(self._signals[signal.SIGTERM])[0]:
                 self.model.train()
                 return None
@@ -501,7 +561,9 @@ class Trainer:
         self._hook("before_log_val_metrics", metrics)
         self._log(metrics, "val")
         if self.rank == 0:
-            logger.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, val_loss, metrics["perplexity"])
+            logger.info(
+                "step %d: val_loss=%.6f perplexity=%.4f", self.state.step, val_loss, metrics["perplexity"]
+            )
         return val_loss
 
     # ------------------------------------------------------------ data
@@ -525,8 +587,12 @@ class Trainer:
     def _loader(self, dataset, sampler, loader_args: dict) -> Iterator:
         """Batches, the next ones already being made. The dataset and the collate function are to be functions of the samples alone."""
         options = {key: value for key, value in loader_args.items() if key not in ("collate_fn", "drop_last")}
-        options["generator"] = torch.Generator()  # the global one must not depend on how often a loader was started
-        return _ahead(DataLoader(dataset, batch_sampler=sampler, collate_fn=_CollateOrNone(self.collate), **options))
+        options["generator"] = (
+            torch.Generator()
+        )  # the global one must not depend on how often a loader was started
+        return _ahead(
+            DataLoader(dataset, batch_sampler=sampler, collate_fn=_CollateOrNone(self.collate), **options)
+        )
 
     def _to_device(self, batch):
         if isinstance(batch, dict):
@@ -561,7 +627,11 @@ class Trainer:
             "seed": self.train_args.seed,
             "train_state": vars(self.state).copy(),
             "config": self.train_args.to_dict(),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]},
+            "versions": {
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": sys.version.split()[0],
+            },
         }
         self._hook("on_save_checkpoint", state)
         links = (*(["last"] if config.save_last else []), *(["best"] if config.save_best and best else []))
@@ -570,11 +640,17 @@ class Trainer:
         self.saver.wait()
         waited = time.perf_counter() - began
         self._log_save()
-        self.saver.save(name, self._pieces(), state, links, in_background=bool(self.options.get("async_save")))
+        self.saver.save(
+            name, self._pieces(), state, links, in_background=bool(self.options.get("async_save"))
+        )
         self.saver.blocked_seconds += waited
         self._last_saved = self.save_dir / name
         if self.rank == 0:
-            logger.info("%s %s", "saving in the background:" if self.options.get("async_save") else "saved", self.save_dir / name)
+            logger.info(
+                "%s %s",
+                "saving in the background:" if self.options.get("async_save") else "saved",
+                self.save_dir / name,
+            )
 
     def _pieces(self) -> list[Piece]:
         """This rank's part of the weights and of the optimizer's state, under the names that checkpoints use."""
@@ -588,7 +664,10 @@ class Trainer:
     def _log_save(self) -> None:
         """Writes down what the last save cost, once it is over."""
         if self.saver.total_seconds:
-            costs = {"save_blocked_seconds": self.saver.blocked_seconds, "save_total_seconds": self.saver.total_seconds}
+            costs = {
+                "save_blocked_seconds": self.saver.blocked_seconds,
+                "save_total_seconds": self.saver.total_seconds,
+            }
             self._log(costs, "checkpoint")
             if self.rank == 0:
                 logger.info("the save blocked training for %.2f s and took %.2f s", *costs.values())
@@ -633,7 +712,14 @@ class Trainer:
         if self.rank or not every or (self.state.step % every and self.state.step != last_step):
             return
         shown = " ".join(f"{key}={metrics[key]:.4g}" for key in ("lr", "gnorm", "tokens_per_second"))
-        logger.info("Epoch %d: %d/%d train_loss=%.4f %s", metrics["epoch"], self.state.step, last_step, metrics["train_loss"], shown)
+        logger.info(
+            "Epoch %d: %d/%d train_loss=%.4f %s",
+            metrics["epoch"],
+            self.state.step,
+            last_step,
+            metrics["train_loss"],
+            shown,
+        )
 
     def _warn_of_skip(self, loss: float, gnorm: float, samples: list[int]) -> None:
         if self.rank == 0:
@@ -656,7 +742,11 @@ class Trainer:
         good = self._last_good or (self._resumed and self._resumed.path)
         if good:
             return f"the last good checkpoint is {good}"
-        return f"there is only {self._last_saved}, and no step succeeded after it" if self._last_saved else "no checkpoint was saved before"
+        return (
+            f"there is only {self._last_saved}, and no step succeeded after it"
+            if self._last_saved
+            else "no checkpoint was saved before"
+        )
 
     @contextlib.contextmanager
     def _signal_handlers(self):
@@ -682,7 +772,9 @@ def _ahead(items: Iterable, count: int = 4) -> Iterator:
             made.append(thread.submit(next, iterator, end))
             yield item
     finally:
-        thread.shutdown(wait=False, cancel_futures=True)  # whoever stops early does not wait for what nobody wants
+        thread.shutdown(
+            wait=False, cancel_futures=True
+        )  # whoever stops early does not wait for what nobody wants
 
 
 class _CollateOrNone:

@@ -1,4 +1,4 @@
-"""Runs a script with nnScaler on a CPU: `torchrun --nproc_per_node=2 tests/nnscaler_cpu.py train.py --engine=nnscaler ...`.
+"""Runs a script with nnScaler on a CPU: `torchrun --nproc_per_node=2 tests/helpers/nnscaler_cpu.py train.py --engine=nnscaler ...`.
 
 nnScaler asks for CUDA by name. Nothing of it is edited: this module stands the CPU in for the one GPU it looks for, at run
 time. For tests only.
@@ -48,7 +48,9 @@ def stand_in_for_cuda() -> None:
         "memory_allocated": 0,
         "default_stream": Nothing(),
         "current_stream": Nothing(),
-        **dict.fromkeys(["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_rng_state"]),
+        **dict.fromkeys(
+            ["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_rng_state"]
+        ),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer() if callable(answer) else answer)
@@ -66,7 +68,13 @@ def trace_on_cpu() -> None:
 
     def wrap(run):
         def run_on_cpu(self, target, args, kwargs, device):
-            return run(self, target, tuple(map(on_cpu, args)), {key: on_cpu(value) for key, value in kwargs.items()}, "cpu")
+            return run(
+                self,
+                target,
+                tuple(map(on_cpu, args)),
+                {key: on_cpu(value) for key, value in kwargs.items()},
+                "cpu",
+            )
 
         return run_on_cpu
 
@@ -83,7 +91,9 @@ def profile_in_this_process() -> None:
     from nnscaler.autodist.cost_database import CostDatabase
 
     real = CostDatabase.profile_comp
-    CostDatabase.profile_comp = lambda self, degree, parallel_profile, re_profile: real(self, degree, False, re_profile)
+    CostDatabase.profile_comp = lambda self, degree, parallel_profile, re_profile: real(
+        self, degree, False, re_profile
+    )
 
 
 stand_in_for_cuda()

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from conftest import WORDS
+from helpers.runs import WORDS
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -30,7 +30,10 @@ def small_tokenizer(chat_template: str | None = CHATML):
     )
     tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=chat_template, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -50,11 +53,16 @@ def encoder_of(tokenizer):
 
 def make_texts(count: int, seed: int = 0, most: int = 120) -> list[str]:
     draw = random.Random(seed)
-    return [f"Number {number}. " + " ".join(draw.choices(WORDS, k=draw.randint(5, most))) for number in range(count)]
+    return [
+        f"Number {number}. " + " ".join(draw.choices(WORDS, k=draw.randint(5, most)))
+        for number in range(count)
+    ]
 
 
 def write_jsonl(path: Path, records: list) -> Path:
-    path.write_text("".join((json.dumps(r) if isinstance(r, dict) else json.dumps({"text": r})) + "\n" for r in records))
+    path.write_text(
+        "".join((json.dumps(r) if isinstance(r, dict) else json.dumps({"text": r})) + "\n" for r in records)
+    )
     return path
 
 

@@ -57,19 +57,42 @@ class Hub(BaseHTTPRequestHandler):
             return self.send_file(files, "/".join(rest[1:]), commit)
         if action == "revision":
             siblings = [{"rfilename": name} for name in files]
-            answer = {"id": repo_id, "sha": commit, "siblings": siblings, "private": False, "gated": False, "tags": [], "downloads": 0}
+            answer = {
+                "id": repo_id,
+                "sha": commit,
+                "siblings": siblings,
+                "private": False,
+                "gated": False,
+                "tags": [],
+                "downloads": 0,
+            }
         elif action == "paths-info":
-            wanted = [value.partition("=")[2] for value in unquote(body.decode()).split("&") if value.startswith("paths")]
+            wanted = [
+                value.partition("=")[2]
+                for value in unquote(body.decode()).split("&")
+                if value.startswith("paths")
+            ]
             wanted = wanted or json.loads(body or b"{}").get("paths", [])
             answer = [self.entry(name, files) for name in files if name in wanted]
         elif action == "tree":
             folder = "/".join(rest[1:])
-            inside = {name: name.removeprefix(folder).strip("/") for name in files if not folder or name.startswith(folder + "/")}
+            inside = {
+                name: name.removeprefix(folder).strip("/")
+                for name in files
+                if not folder or name.startswith(folder + "/")
+            }
             if not inside:
                 return self.reply(404, b"{}", X_Error_Code="EntryNotFound")
-            answer = [self.entry(name, files) for name, rest in inside.items() if "/" not in rest or "recursive=true" in self.path.lower()]
+            answer = [
+                self.entry(name, files)
+                for name, rest in inside.items()
+                if "/" not in rest or "recursive=true" in self.path.lower()
+            ]
             folders = {f"{folder}/{rest.split('/')[0]}".strip("/") for rest in inside.values() if "/" in rest}
-            answer += [{"type": "directory", "path": name, "size": 0, "oid": commit_of(name)} for name in sorted(folders)]
+            answer += [
+                {"type": "directory", "path": name, "size": 0, "oid": commit_of(name)}
+                for name in sorted(folders)
+            ]
         else:
             return self.reply(404, b"{}", X_Error_Code="EntryNotFound")
         self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
@@ -77,7 +100,12 @@ class Hub(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = handle_any
 
     def entry(self, name, files):
-        return {"type": "file", "path": name, "size": len(files[name]), "oid": hashlib.sha1(files[name]).hexdigest()}
+        return {
+            "type": "file",
+            "path": name,
+            "size": len(files[name]),
+            "oid": hashlib.sha1(files[name]).hexdigest(),
+        }
 
     def send_file(self, files, name, commit):
         if name not in files:
@@ -87,9 +115,13 @@ class Hub(BaseHTTPRequestHandler):
 
     def misbehave(self, what):
         if what == "gated":
-            self.reply(401, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted")
+            self.reply(
+                401, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted"
+            )
         elif what == "forbidden":
-            self.reply(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="You are not in the authorized list")
+            self.reply(
+                403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="You are not in the authorized list"
+            )
         elif what == "drop":
             self.close_connection = True
             self.connection.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train  # noqa: E402
 
@@ -16,7 +16,9 @@ cases, codes = json.loads(Path(sys.argv[1]).read_text()), {}
 dist.init_process_group("gloo")
 alone = {"WORLD_SIZE": "1", "RANK": "0"}
 for name, argv in cases.items():
-    if any(flag.startswith(("--merge_checkpoint", "--export_hf")) for flag in argv):  # one process; the others wait for it
+    if any(
+        flag.startswith(("--merge_checkpoint", "--export_hf")) for flag in argv
+    ):  # one process; the others wait for it
         before = {key: os.environ[key] for key in alone}
         if dist.get_rank() == 0:
             os.environ.update(alone)

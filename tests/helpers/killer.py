@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import datasets  # noqa: E402, F401
 import torch  # noqa: E402, F401
@@ -38,7 +38,13 @@ def start(argv: list[str], log: Path) -> list[int]:
         if process:
             processes.append(process)
             continue
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(RANKS),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -68,7 +74,9 @@ def kill(processes: list[int], draw: random.Random) -> None:
 def newest_step(save_dir: Path) -> int:
     """The step that --resume_from=last would continue from, after a full check; 0: none."""
     for path in checkpoint.candidates(save_dir, "last"):
-        source = checkpoint.Checkpoint.open(path)  # the first one must be good: nothing here damages a finished checkpoint
+        source = checkpoint.Checkpoint.open(
+            path
+        )  # the first one must be good: nothing here damages a finished checkpoint
         source.verify()
         return source.state["step"]
     return 0
@@ -90,7 +98,11 @@ def main(out: Path, kills: int, seed: int, flags: list[str]) -> None:
         before = newest_step(save_dir)
         log.write_text("")
         asynchronous = draw.choice(["on", "off"])
-        saves = ["--save_every_n_train_steps=1", "--keep_last_n_checkpoints=2", f"--async_save={asynchronous}"]
+        saves = [
+            "--save_every_n_train_steps=1",
+            "--keep_last_n_checkpoints=2",
+            f"--async_save={asynchronous}",
+        ]
         processes = start([*flags, *saves, "--max_train_steps=1000000", "--resume_from=last"], log)
         begun = f"resumed from {save_dir.resolve()}" if before else "train_loss="
         wait_for(lambda: begun in log.read_text(), processes, log)  # noqa: B023
@@ -107,7 +119,9 @@ def main(out: Path, kills: int, seed: int, flags: list[str]) -> None:
         if before:
             assert f"step {before}," in text, f"step {before} was whole, but:\n{text}"
         after = newest_step(save_dir)
-        assert after >= int(reached.split("-")[1]), f"step {reached} was whole before the kill, {after} after it"
+        assert after >= int(reached.split("-")[1]), (
+            f"step {reached} was whole before the kill, {after} after it"
+        )
     last = newest_step(save_dir) + 3
     for process in start([*flags, f"--max_train_steps={last}", "--resume_from=last"], log):
         assert os.waitpid(process, 0)[1] == 0, log.read_text()[-3000:]

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import datasets  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
@@ -21,7 +21,9 @@ import trainer.trainer  # noqa: E402, F401
 
 
 def status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":")
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -1,4 +1,4 @@
-"""What test_nnscaler_facts.py lets the ranks do: `torchrun tests/facts.py FOLDER` runs every case with our Trainer, one after another."""
+"""What test_nnscaler_facts.py lets the ranks do: `torchrun tests/helpers/facts.py FOLDER` runs every case with our Trainer, one after another."""
 
 import json
 import logging
@@ -43,7 +43,15 @@ def count_tokens(outputs, group):
 
 
 def train(
-    folder: Path, steps=STEPS, dropout=0.0, resume=None, save=None, reduction=("mean", "mean"), per_token=False, optimizer=None, **more
+    folder: Path,
+    steps=STEPS,
+    dropout=0.0,
+    resume=None,
+    save=None,
+    reduction=("mean", "mean"),
+    per_token=False,
+    optimizer=None,
+    **more,
 ):
     from trainer.args import (
         CheckpointConfig,
@@ -63,13 +71,22 @@ def train(
         compute_config=ComputeConfig(1, use_zero=True, use_end2end=True),
         model=ModelConfig(Net, {"dropout": dropout, "per_token": per_token}),
         optimizer=OptimizerConfig(
-            type_, args, loss_reduction=reduction[0], grad_reduction=reduction[1], aggregate_outputs_fn=count_tokens if per_token else None
+            type_,
+            args,
+            loss_reduction=reduction[0],
+            grad_reduction=reduction[1],
+            aggregate_outputs_fn=count_tokens if per_token else None,
         ),
         dataset=data,
         checkpoint=CheckpointConfig(
-            save_dir=folder / "ckpt", every_n_train_steps=save or steps, resume_from=ResumeOptions(resume) if resume else None
+            save_dir=folder / "ckpt",
+            every_n_train_steps=save or steps,
+            resume_from=ResumeOptions(resume) if resume else None,
         ),
-        log=[LogConfig(f"trainer.loggers.{name}", {"log_dir": folder / "log"}) for name in ("JsonlLogger", "TensorBoardLogger")],
+        log=[
+            LogConfig(f"trainer.loggers.{name}", {"log_dir": folder / "log"})
+            for name in ("JsonlLogger", "TensorBoardLogger")
+        ],
         global_batch_size=GLOBAL_BATCH,
         max_train_steps=steps,
         seed=3,
@@ -96,7 +113,12 @@ def main(out: Path) -> None:
     before = files(saved)
     train(out / "mid", dropout=0.3, resume=saved / "0001-0007")
     train(out / "end", dropout=0.3, resume=saved / "0000-0005")
-    train(out / "withheld", dropout=0.3, resume=saved / "0001-0007", hook=HookMapConfig(after_load_checkpoint=reseed))
+    train(
+        out / "withheld",
+        dropout=0.3,
+        resume=saved / "0001-0007",
+        hook=HookMapConfig(after_load_checkpoint=reseed),
+    )
     train(out / "whole", dropout=0.3, resume="last", save=1)  # nothing left to do
     if first:
         (out / "untouched.json").write_text(json.dumps(before == files(saved)))
@@ -119,9 +141,21 @@ def main(out: Path) -> None:
         train(out / f"loss-{loss}", steps=1, reduction=(loss, "mean"))
     for gradient in ("mean", "sum", "per-token-mean"):
         still = (torch.optim.SGD, {"lr": 0.0})
-        train(out / f"still-{gradient}", steps=1, reduction=("per-token-mean", gradient), per_token=True, optimizer=still)
+        train(
+            out / f"still-{gradient}",
+            steps=1,
+            reduction=("per-token-mean", gradient),
+            per_token=True,
+            optimizer=still,
+        )
     whole_set = dict(global_batch_size=SAMPLES, micro_batch_size=1, optimizer=(torch.optim.SGD, {"lr": 1.0}))
-    train(out / "token-mean", steps=1, reduction=("per-token-mean", "per-token-mean"), per_token=True, **whole_set)
+    train(
+        out / "token-mean",
+        steps=1,
+        reduction=("per-token-mean", "per-token-mean"),
+        per_token=True,
+        **whole_set,
+    )
     train(out / "empty", steps=2, dataset=DatasetConfig(make_set))
     train(out / "bf16", steps=3, precision="bf16")
     dist.destroy_process_group()
@@ -129,5 +163,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     main(Path(sys.argv[1]))
