@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import train
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import GlobalBatchSampler
-from trainer.trainer import _ahead
+from trainer.loader import _made_ahead as _ahead
 
 RANKS = (1, 2, 4)
 GLOBAL_BATCH = 8

@@ -54,7 +54,8 @@ def validation_summary(log_dir: Path) -> str:
         return "the run was not validated"
     first, last = rows[0], rows[-1]
     change = last["val_loss"] - first["val_loss"]
-    return f"validation loss {first['val_loss']:.4f} at step {first['step']}, {last['val_loss']:.4f} at step {last['step']}: {change:+.4f}"
+    before, after = (f"{row['val_loss']:.4f} at step {row['step']}" for row in (first, last))
+    return f"validation loss {before}, {after}: {change:+.4f}"
 
 
 if __name__ == "__main__":

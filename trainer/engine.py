@@ -1,40 +1,95 @@
-"""Picks the Trainer: nnScaler's own where it can run, else ours; and says which and why."""
+"""Picks the Trainer: nnScaler's where it can run, else ours; says which and why; reads either one's checkpoints."""
 
 import importlib.metadata
 import importlib.util
 import logging
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 NNSCALER_VERSION = "0.8"
-TRANSFORMERS_VERSION = "4.48"  # nnScaler's tracer fails inside the modelling code of later ones
+TRANSFORMERS_VERSION = "4.48"  # nnScaler cannot trace the modelling code of later versions
 INSTALLATION = "https://nnscaler.readthedocs.io/en/latest/installation.html"
 
 
 def choose(engine: str) -> str:
-    """A value of --engine -> 'nnscaler' or 'native', logged with the reason. ValueError: nnScaler was asked for and cannot run."""
+    """Turns --engine into 'nnscaler' or 'native' and logs the reason; ValueError if nnScaler cannot run."""
     missing = None if engine == "native" else _missing_for_nnscaler()
     if engine == "nnscaler" and missing:
         raise ValueError(f"--engine=nnscaler: {missing}, or use --engine=native")
     name = "native" if engine == "native" or missing else "nnscaler"
-    why = (
-        f"--engine={engine}"
-        if engine != "auto"
-        else missing.split(":")[0]
-        if missing
-        else "nnScaler and CUDA are there"
-    )
-    logger.info("engine: %s (%s)", name, why)
+    if engine != "auto":
+        reason = f"--engine={engine}"
+    else:
+        reason = missing.split(":")[0] if missing else "nnScaler and CUDA are there"
+    logger.info("engine: %s (%s)", name, reason)
     return name
 
 
 def trainer_class(engine: str) -> type:
     """The Trainer of 'nnscaler' or 'native'."""
     if engine == "nnscaler":
-        from trainer.nnscaler_engine import Trainer
+        from trainer.nnscaler_engine.trainer import Trainer
     else:
         from trainer.trainer import Trainer
     return Trainer
+
+
+def open_checkpoint(path: str | Path):
+    """Opens a checkpoint of either engine; raises CheckpointError.
+
+    The result has `path`, `state`, `verify()`, `shapes` (parameter name -> shape) and `parameters()` (names and
+    tensors, one at a time).
+    """
+    from trainer.checkpoint import Checkpoint
+    from trainer.nnscaler_engine.files import NnScalerCheckpoint, is_nnscaler
+
+    if not Path(path).exists():
+        raise ValueError(f"there is no {path}: train first, or name a checkpoint")
+    return NnScalerCheckpoint(path) if is_nnscaler(Path(path)) else Checkpoint.open(path)
+
+
+def merge(source: Path, out_file: Path) -> Path:
+    """Merges a checkpoint of either engine into one file; raises CheckpointError."""
+    from trainer import checkpoint
+    from trainer.nnscaler_engine import files
+
+    if not source.exists():
+        raise ValueError(f"there is no {source}: train first, or name a checkpoint")
+    return (files if files.is_nnscaler(source) else checkpoint).merge(source, out_file)
+
+
+def resume_state(resume_from: str, save_dir: str, engine: str) -> dict | None:
+    """The state of the checkpoint to resume from; None if there is no 'last' or 'best'. Starts no process group.
+
+    Raises ValueError if there is none, if all are damaged, or if the other engine wrote it.
+    """
+    from trainer.checkpoint import CheckpointError, candidates
+    from trainer.nnscaler_engine.files import is_nnscaler
+
+    paths = [Path(resume_from)]
+    if resume_from in ("last", "best"):
+        link = Path(save_dir) / resume_from
+        paths = [link] if is_nnscaler(link) else candidates(Path(save_dir), resume_from)
+    elif not paths[0].exists():
+        raise ValueError(
+            f"--resume_from {resume_from}: there is no such checkpoint; give last, best, a folder or a merged file"
+        )
+    problem = None
+    for path in paths:
+        if is_nnscaler(path) != (engine == "nnscaler"):
+            writer = "nnscaler" if is_nnscaler(path) else "native"
+            raise ValueError(
+                f"--resume_from: --engine={writer} wrote {path}: resume with that engine, or start from its weights "
+                "(--export_hf, then --model_id)"
+            )
+        try:
+            return open_checkpoint(path).state
+        except CheckpointError as error:  # the Trainer warns about the one that it falls back to
+            problem = error
+    if problem:
+        raise problem
+    return None
 
 
 def _missing_for_nnscaler() -> str | None:
@@ -43,7 +98,8 @@ def _missing_for_nnscaler() -> str | None:
         return f"nnScaler is not installed: see {INSTALLATION} (release {NNSCALER_VERSION}), with requirements-nnscaler.txt"
     found = importlib.metadata.version("transformers")
     if not f"{found}.".startswith(f"{TRANSFORMERS_VERSION}."):
-        return f"nnScaler runs with transformers {TRANSFORMERS_VERSION}, not {found}: pip install -r requirements-nnscaler.txt"
+        fix = "pip install -r requirements-nnscaler.txt"
+        return f"nnScaler runs with transformers {TRANSFORMERS_VERSION}, not {found}: {fix}"
     import torch
 
     if torch.cuda.device_count() == 0:

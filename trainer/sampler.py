@@ -1,4 +1,4 @@
-"""The global sample order: a pure function of seed, epoch and position, so that any world size and any resume point continues it."""
+"""The global sample order: a pure function of seed, epoch and position, for any world size and resume point."""
 
 from collections.abc import Iterator
 
@@ -8,17 +8,20 @@ _ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, a 64-bit hash (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    """splitmix64's finaliser, a 64-bit hash.
+
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each position in [0, size) of the epoch's shuffle points to: a permutation, computed per element without a table.
+    """Where the epoch's shuffle sends each position in [0, size): a permutation, computed per element without a table.
 
-    A Feistel network over the smallest even number of bits that holds `size`; a value outside is sent through again (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network over the smallest even number of bits that holds `size`. A result outside the range is encrypted
+    again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -39,11 +42,11 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
 
 
 class GlobalBatchSampler:
-    """Sample indices of one rank's micro-batches, from `start` to `stop`, positions counted in samples since the run's first.
+    """Sample indices of one rank's micro-batches, for the positions from `start` to `stop` of the run.
 
-    The positions of a global batch are dealt out micro-batch by micro-batch, rank after rank. Epochs follow each other without a
-    gap: a batch may end one and begin the next, so every sample is seen once an epoch and no batch is short, but for the last one
-    before `stop`, whose missing samples are left out of their micro-batches (which may become empty).
+    A global batch's positions go to the ranks micro-batch by micro-batch. A batch may end one epoch and begin the
+    next, so every epoch shows every sample once and no batch is short. Only the last batch before `stop` lacks
+    samples: its micro-batches are shorter, or empty.
     """
 
     def __init__(

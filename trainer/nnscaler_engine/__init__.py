@@ -1,0 +1,1 @@
+"""Microsoft's nnScaler 0.8 as the second engine: `trainer` runs it, `files` reads its checkpoints."""

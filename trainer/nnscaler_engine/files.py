@@ -1,0 +1,96 @@
+"""nnScaler's checkpoint files: tells them from ours, merges its shards, and reads the weights of its merged file.
+
+nnScaler itself is needed only to merge. Its files are pickles: torch.load reads them with weights_only.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint import CheckpointError, temporary_sibling
+
+STATE_FILE = "state.json"  # beside nnScaler's shards: what our checkpoints call `state`
+
+
+def is_nnscaler(path: Path) -> bool:
+    """Is it a folder of nnScaler's shards (or of links to them, as its `last` is), or a file that torch.save wrote?"""
+    if path.is_dir():
+        return (path / "0.ckpt").exists()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def merge(folder: Path, out_file: Path) -> Path:
+    """Lets nnScaler merge its shards, which takes memory for the whole model and optimizer. Raises CheckpointError."""
+    try:
+        from nnscaler.cli.trainer import Trainer
+    except ImportError:
+        raise CheckpointError(
+            f"{folder} holds nnScaler's shards, which only nnScaler merges: install it (requirements-nnscaler.txt)"
+        ) from None
+    files = sorted(folder.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
+    with temporary_sibling(Path(out_file)) as temporary:
+        Trainer.merge_checkpoint([str(file) for file in files], str(temporary))
+    return Path(out_file)
+
+
+class NnScalerCheckpoint:
+    """A folder of nnScaler's shards, or its merged file; raises CheckpointError if it is neither.
+
+    state: what our checkpoints call so; empty for a file that another script wrote.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self._weights = Path(path).resolve(), None
+        if self.path.is_file():
+            self._weights, self.state = read_merged(self.path)
+            return
+        state_file = (self.path / "0.ckpt").resolve().parent / STATE_FILE
+        if not state_file.is_file():
+            raise CheckpointError(
+                f"{path} holds nnScaler's shards of another script: merge them with it first"
+            )
+        self.state = json.loads(state_file.read_text())
+
+    def verify(self) -> None:
+        """Loads the weights; raises CheckpointError if that fails. nnScaler's files have no checksums."""
+        if self._weights is None:
+            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".merging-") as folder:
+                merged = merge(self.path, Path(folder) / "merged.ckpt")
+                self._weights, _ = read_merged(merged)  # they stay mapped after the file is deleted
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape."""
+        self.verify()
+        return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of every model parameter: the fp32 master weights if the training kept some."""
+        self.verify()
+        yield from self._weights.items()
+
+
+def read_merged(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(weights by Hugging Face name, state) of a merged file, mapped into memory; raises CheckpointError."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        weights, per_parameter = content["model"], content["optimizer"]["state"]
+    except Exception as error:  # torch.load raises many kinds
+        raise CheckpointError(f"{path} is no merged checkpoint: {str(error).splitlines()[0]}") from None
+    prefix = next(iter(weights)).split(".")[0] + "."
+    if not all(name.startswith(prefix) for name in weights):
+        prefix = ""  # the module was not wrapped
+    found, seen = {}, set()
+    for name, weight in weights.items():
+        place = (weight.untyped_storage().data_ptr(), weight.storage_offset())
+        if place in seen:
+            continue  # tied to an earlier parameter: the optimizer counts it once
+        found[name.removeprefix(prefix)] = per_parameter[len(seen)].get("fp32_params", weight)
+        seen.add(place)
+    return found, json.loads(content["trainer_state"][0]) if "trainer_state" in content else {}

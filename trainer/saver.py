@@ -1,0 +1,298 @@
+"""Saves checkpoints that are whole or absent, in the foreground or in a thread; prunes and sets aside old ones."""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.args import TrainingFailed
+from trainer.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointName,
+    checkpoints,
+    json_digest,
+    read_manifest,
+    replaced_path,
+    saving_path,
+    step_of,
+    sync_folder,
+    validation_path,
+)
+from trainer.tensorfile import Box, TensorFileWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LocalTensor:
+    """One rank's box of one tensor. `shape` is the whole tensor's; `data` may be on any device."""
+
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+    data: torch.Tensor
+
+
+class Saver:
+    """Writes one checkpoint at a time, all ranks together.
+
+    group: a gloo process group of its own, because a background save communicates while training does too.
+    A failed save is the same TrainingFailed on every rank: `save` raises it, or the `wait` after a background save.
+    """
+
+    def __init__(self, save_dir: Path, keep_last: int | None, group):
+        self.save_dir, self.keep_last, self.group = save_dir, keep_last, group
+        self.blocked_seconds = self.total_seconds = 0.0  # of the last save
+        self._thread, self._error = None, None
+        self._newest: Path | None = None  # saved, but no step has succeeded from it yet
+        self._previous: str | None = None  # what `last` named before
+        self._best: str | None = None  # `best` is to name this one
+
+    def save(
+        self,
+        name: CheckpointName,
+        tensors: list[LocalTensor],
+        state: dict,
+        rng: str,
+        in_background: bool = False,
+    ) -> None:
+        """Saves the tensors as `<save_dir>/<name>` and points `last` at it.
+
+        rng: this rank's random state. In the background, the caller may change the tensors as soon as this returns.
+        """
+        began = time.perf_counter()
+        self.wait()
+        folder = self.save_dir / str(name)
+        if dist.get_rank(self.group) == 0:
+            validation_path(folder).unlink(missing_ok=True)  # of an earlier checkpoint of that name
+        if in_background:
+            tensors = [LocalTensor(t.name, t.shape, t.box, _host_copy(t.data)) for t in tensors]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # training may change the tensors only after the copies are complete
+            arguments = (folder, tensors, state, rng, began)
+            self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(folder, tensors, state, rng, began)
+        self.blocked_seconds = time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Returns once the last save is on disk; raises its error."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Will `wait` raise?"""
+        return self._error is not None
+
+    def record_validation(self, name: CheckpointName, val_loss: float, best: bool) -> None:
+        """Writes the loss beside the checkpoint, and moves `best` to it if it is the best. Rank 0 calls this."""
+        _write_json(validation_path(self.save_dir / str(name)), {"val_loss": val_loss})
+        self._best = str(name) if best else self._best
+        self.move_best()
+
+    def move_best(self) -> None:
+        """Points `best` at the best checkpoint as soon as that is on disk."""
+        if self._best and not self.busy:
+            _swap_link(self.save_dir, "best", self._best)
+            self._best = None
+
+    def withdraw(self, name: CheckpointName) -> None:
+        """Removes the newest checkpoint, which proved bad; `last` names the one before again."""
+        self.wait()
+        if dist.get_rank(self.group) == 0:
+            if self._previous:
+                _swap_link(self.save_dir, "last", self._previous)
+            else:
+                (self.save_dir / "last").unlink(missing_ok=True)
+            _remove(self.save_dir / str(name))
+        self._newest = None
+
+    def prune(self) -> None:
+        """Removes the checkpoints that `keep_last` does not keep. Call it after a step succeeded from the newest.
+
+        It keeps what `last` and `best` name, and checkpoints newer than the newest of this run.
+        """
+        if self._newest is None or self.keep_last is None or self.busy:
+            return
+        named = {(self.save_dir / link).resolve() for link in ("last", "best")}
+        own = [path for path in checkpoints(self.save_dir) if step_of(path) <= step_of(self._newest)]
+        for path in own[self.keep_last :]:
+            if path.resolve() not in named:
+                _remove(path)
+        self._newest = None
+
+    def _run(self, *args) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:  # wait() raises it again in the training thread
+            self._error = error
+
+    def _write(self, folder: Path, tensors: list[LocalTensor], state: dict, rng: str, began: float) -> None:
+        rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        temporary = saving_path(folder)
+
+        def prepare():
+            self.save_dir.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+
+        def write_shard():
+            file = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+            specs = {t.name: (t.data.dtype, tuple(t.data.shape)) for t in tensors}
+            boxes = json.dumps({t.name: (t.shape, t.box.offsets) for t in tensors})
+            with TensorFileWriter(temporary / file, specs, {"boxes": boxes, "rng": rng}) as writer:
+                for tensor in tensors:
+                    writer.add(tensor.name, tensor.data)
+                return file, writer.finish()
+
+        try:
+            self._on_all_ranks(prepare if rank == 0 else None, folder)
+            files = dict(self._on_all_ranks(write_shard, folder))
+            self._on_all_ranks((lambda: self._publish(folder, files, state)) if rank == 0 else None, folder)
+        except TrainingFailed:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.total_seconds = time.perf_counter() - began
+
+    def _publish(self, folder: Path, files: dict, state: dict) -> None:
+        """All data is on disk; the manifest and renames remain. A kill between any two leaves whole checkpoints."""
+        temporary, replaced = saving_path(folder), replaced_path(folder)
+        body = json.loads(
+            json.dumps({"state": state, "files": files})
+        )  # as it will be read: keys are strings
+        _write_json(temporary / MANIFEST, {**body, "checksum": json_digest(body)})
+        sync_folder(temporary)
+        if folder.exists():
+            os.rename(folder, replaced)
+        os.rename(temporary, folder)
+        sync_folder(self.save_dir)
+        last = self.save_dir / "last"
+        self._previous = os.readlink(last) if last.is_symlink() else None
+        _swap_link(self.save_dir, "last", folder.name)
+        sync_folder(self.save_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._newest = folder
+
+    def _on_all_ranks(self, action: Callable | None, folder: Path) -> list:
+        """Runs the action on the ranks that have one; returns all results, or raises on all ranks if one failed."""
+        result, problem = None, None
+        try:
+            result = action() if action else None
+        except OSError as error:
+            problem = (
+                f"checkpoint {folder} could not be saved: {error.strerror or error} "
+                f"({error.filename or 'while writing'}). The checkpoints before it are untouched; "
+                "make room or choose another --save_dir, then --resume_from=last"
+            )
+        answers = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(answers, (result, problem), group=self.group)
+        if problems := [problem for _, problem in answers if problem]:
+            raise TrainingFailed(problems[0])
+        return [result for result, _ in answers]
+
+
+def _host_copy(data: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+    return copy.copy_(data.detach(), non_blocking=True)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "w") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _swap_link(save_dir: Path, link: str, target: str) -> None:
+    temporary = save_dir / f".{link}.new"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, save_dir / link)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint. It is renamed first: a half-deleted folder must not look like a checkpoint."""
+    doomed = replaced_path(folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    validation_path(folder).unlink(missing_ok=True)
+
+
+def clean_up(save_dir: Path) -> None:
+    """Removes what a killed save left behind; a replaced checkpoint whose successor is missing gets its name back."""
+    for link in ("last", "best"):
+        (save_dir / f".{link}.new").unlink(missing_ok=True)
+    for path in save_dir.glob(".*-*-*") if save_dir.is_dir() else []:
+        kind, name = path.name[1:].split("-", 1)
+        if kind not in ("saving", "replaced") or not CheckpointName.parse(name):
+            continue
+        if kind == "replaced" and not (save_dir / name).exists() and _is_whole(path):
+            os.rename(path, save_dir / name)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder))
+    except CheckpointError:
+        return False
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames the folder to the first free numbered name beside it; raises CheckpointError if it is in use."""
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise CheckpointError(
+            f"{folder} holds another run, and cannot be set aside from inside it: choose another --save_dir and --log_dir"
+        )
+    numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    target = next(path for path in numbered if not path.exists())
+    os.rename(folder, target)
+    logger.warning("%s holds another run: set aside as %s", folder, target)
+    return target
+
+
+def check_folder(folder: Path, inputs: list[str], resumed: bool) -> None:
+    """Raises a ValueError if a run cannot write to the folder, or if setting it aside would move its inputs.
+
+    inputs: paths that the run reads, if they exist.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (
+        not above.is_dir()
+        or not os.access(above, os.W_OK | os.X_OK)
+        or os.statvfs(above).f_flag & os.ST_RDONLY
+    ):
+        raise ValueError(
+            f"{folder} cannot be written to ({above} does not allow it): name another --save_dir or --log_dir"
+        )
+    inside = [
+        name for name in inputs if Path(name).exists() and folder.resolve() in Path(name).resolve().parents
+    ]
+    if inside and not resumed and ((folder / "last").exists() or (folder / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"{folder} holds another run and would be set aside, with {inside[0]} in it: "
+            "name another --save_dir and --log_dir"
+        )
