@@ -1,4 +1,4 @@
-"""Saves checkpoints that are whole or absent, in the foreground or in a thread; prunes and sets aside old ones."""
+"""Saves checkpoints that are whole or absent, in a thread if wanted; prunes and sets aside old ones."""
 
 import itertools
 import json
@@ -22,6 +22,7 @@ from trainer.checkpoint import (
     checkpoints,
     json_digest,
     read_manifest,
+    read_validation,
     replaced_path,
     saving_path,
     step_of,
@@ -46,17 +47,18 @@ class LocalTensor:
 class Saver:
     """Writes one checkpoint at a time, all ranks together.
 
-    group: a gloo process group of its own, because a background save communicates while training does too.
-    A failed save is the same TrainingFailed on every rank: `save` raises it, or the `wait` after a background save.
+    group: a gloo process group of its own, because a background save communicates while training does too. A
+    failed save is the same TrainingFailed on every rank: `save` raises it, or the `wait` after a background
+    save.
     """
 
-    def __init__(self, save_dir: Path, keep_last: int | None, group):
+    def __init__(self, save_dir: Path, keep_last: int | None, group, good: Path | None = None):
         self.save_dir, self.keep_last, self.group = save_dir, keep_last, group
+        self.is_first = dist.get_rank(group) == 0
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
+        self.newest: Path | None = None  # saved, but no step has succeeded from it yet
+        self.good = good  # the newest checkpoint from which a step succeeded, or that was resumed
         self._thread, self._error = None, None
-        self._newest: Path | None = None  # saved, but no step has succeeded from it yet
-        self._previous: str | None = None  # what `last` named before
-        self._best: str | None = None  # `best` is to name this one
 
     def save(
         self,
@@ -68,12 +70,13 @@ class Saver:
     ) -> None:
         """Saves the tensors as `<save_dir>/<name>` and points `last` at it.
 
-        rng: this rank's random state. In the background, the caller may change the tensors as soon as this returns.
+        rng: this rank's random state. In the background, the caller may change the tensors as soon as this
+        returns.
         """
         began = time.perf_counter()
         self.wait()
         folder = self.save_dir / str(name)
-        if dist.get_rank(self.group) == 0:
+        if self.is_first:
             validation_path(folder).unlink(missing_ok=True)  # of an earlier checkpoint of that name
         if in_background:
             tensors = [LocalTensor(t.name, t.shape, t.box, _host_copy(t.data)) for t in tensors]
@@ -84,6 +87,7 @@ class Saver:
             self._thread.start()
         else:
             self._write(folder, tensors, state, rng, began)
+        self.newest = folder
         self.blocked_seconds = time.perf_counter() - began
 
     def wait(self) -> None:
@@ -104,42 +108,50 @@ class Saver:
         """Will `wait` raise?"""
         return self._error is not None
 
-    def record_validation(self, name: CheckpointName, val_loss: float, best: bool) -> None:
-        """Writes the loss beside the checkpoint, and moves `best` to it if it is the best. Rank 0 calls this."""
+    def record_validation(self, name: CheckpointName, val_loss: float) -> None:
+        """Writes the loss beside the checkpoint, and moves `best`. Only rank 0 calls this."""
         _write_json(validation_path(self.save_dir / str(name)), {"val_loss": val_loss})
-        self._best = str(name) if best else self._best
-        self.move_best()
+        self.update_best()
 
-    def move_best(self) -> None:
-        """Points `best` at the best checkpoint as soon as that is on disk."""
-        if self._best and not self.busy:
-            _swap_link(self.save_dir, "best", self._best)
-            self._best = None
+    def update_best(self) -> None:
+        """Points `best` at the checkpoint with the lowest validation loss. Only rank 0 calls this."""
+        losses = {path: read_validation(path) for path in self._up_to(self.newest or self.good)}
+        known = [path for path in reversed(losses) if losses[path] is not None]  # the first of equals wins
+        if known:
+            _swap_link(self.save_dir, "best", min(known, key=losses.get).name)
 
-    def withdraw(self, name: CheckpointName) -> None:
-        """Removes the newest checkpoint, which proved bad; `last` names the one before again."""
-        self.wait()
-        if dist.get_rank(self.group) == 0:
-            if self._previous:
-                _swap_link(self.save_dir, "last", self._previous)
-            else:
-                (self.save_dir / "last").unlink(missing_ok=True)
-            _remove(self.save_dir / str(name))
-        self._newest = None
+    def confirm(self) -> None:
+        """A step succeeded from the newest checkpoint, so it is good."""
+        if self.newest:
+            self.good, self.newest = self.newest.resolve(), None
 
     def prune(self) -> None:
-        """Removes the checkpoints that `keep_last` does not keep. Call it after a step succeeded from the newest.
-
-        It keeps what `last` and `best` name, and checkpoints newer than the newest of this run.
-        """
-        if self._newest is None or self.keep_last is None or self.busy:
-            return
+        """Removes what `keep_last` does not keep, counted from the last good one. Only rank 0 calls this."""
         named = {(self.save_dir / link).resolve() for link in ("last", "best")}
-        own = [path for path in checkpoints(self.save_dir) if step_of(path) <= step_of(self._newest)]
-        for path in own[self.keep_last :]:
+        for path in self._up_to(self.good)[self.keep_last :] if self.keep_last else []:
             if path.resolve() not in named:
                 _remove(path)
-        self._newest = None
+
+    def discard_newest(self) -> None:
+        """The newest checkpoint proved bad: `last` names the good one again, if this folder has it."""
+        self.wait()
+        if self.newest and self.is_first:
+            (self.save_dir / "last").unlink()
+            if self.good and self.good.parent == self.save_dir.resolve():
+                _swap_link(self.save_dir, "last", self.good.name)
+            _remove(self.newest)
+        self.newest = None
+
+    def last_good(self) -> str:
+        """Says which checkpoint to continue from."""
+        if self.good:
+            return f"the last good checkpoint is {self.good}"
+        return f"there is only {self.newest}, untried" if self.newest else "no checkpoint was saved before"
+
+    def _up_to(self, folder: Path | None) -> list[Path]:
+        """Finished checkpoints, the newest first; later steps than the folder's are an abandoned run's."""
+        limit = step_of(folder) if folder else None
+        return [path for path in checkpoints(self.save_dir) if limit is not None and step_of(path) <= limit]
 
     def _run(self, *args) -> None:
         try:
@@ -176,26 +188,21 @@ class Saver:
         self.total_seconds = time.perf_counter() - began
 
     def _publish(self, folder: Path, files: dict, state: dict) -> None:
-        """All data is on disk; the manifest and renames remain. A kill between any two leaves whole checkpoints."""
+        """All data is on disk; manifest and renames remain. A kill between any two leaves whole checkpoints."""
         temporary, replaced = saving_path(folder), replaced_path(folder)
-        body = json.loads(
-            json.dumps({"state": state, "files": files})
-        )  # as it will be read: keys are strings
+        body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
         _write_json(temporary / MANIFEST, {**body, "checksum": json_digest(body)})
         sync_folder(temporary)
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(temporary, folder)
         sync_folder(self.save_dir)
-        last = self.save_dir / "last"
-        self._previous = os.readlink(last) if last.is_symlink() else None
         _swap_link(self.save_dir, "last", folder.name)
         sync_folder(self.save_dir)
         shutil.rmtree(replaced, ignore_errors=True)
-        self._newest = folder
 
     def _on_all_ranks(self, action: Callable | None, folder: Path) -> list:
-        """Runs the action on the ranks that have one; returns all results, or raises on all ranks if one failed."""
+        """Runs the action on the ranks that have one; returns all results, or raises on every rank."""
         result, problem = None, None
         try:
             result = action() if action else None
@@ -262,10 +269,11 @@ def _is_whole(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames the folder to the first free numbered name beside it; raises CheckpointError if it is in use."""
+    """Renames the folder to the first free numbered name; raises CheckpointError if it is in use."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise CheckpointError(
-            f"{folder} holds another run, and cannot be set aside from inside it: choose another --save_dir and --log_dir"
+            f"{folder} holds another run, and cannot be set aside from inside it: choose another --save_dir and "
+            "--log_dir"
         )
     numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     target = next(path for path in numbered if not path.exists())

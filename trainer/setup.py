@@ -16,16 +16,15 @@ import torch
 import torch.distributed as dist
 
 from trainer import parallel
-from trainer.args import NativeOptions, TrainerArgs, load_type
+from trainer.args import NativeOptions, TrainerArgs
 from trainer.checkpoint import Checkpoint, CheckpointError, candidates
-from trainer.tensorfile import Box, TensorFileReader
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device):
-    """Joins the process group of torchrun's ranks, or makes one of a single rank; uses the caller's if there is one."""
+    """Joins torchrun's process group, or makes one of a single rank; keeps the caller's if there is one."""
     if dist.is_initialized():
         yield
         return
@@ -36,8 +35,9 @@ def process_group(device: torch.device):
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-            # After a restart, torchrun's store still holds the addresses of the ranks that died: use new keys. On
-            # several nodes the restart counts may differ; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps there.
+            # After a restart, torchrun's store still holds the addresses of the ranks that died: use new
+            # keys. On several nodes the restart counts may differ; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps
+            # there.
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
@@ -77,64 +77,35 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 # ---------------------------------------------------------------- model
 
 
+@torch.no_grad()
 def build_model(
-    args: TrainerArgs, options: NativeOptions, device: torch.device, source: Checkpoint | None
+    args: TrainerArgs, options: NativeOptions, device: torch.device, resumed: Checkpoint | None
 ) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
     """The sharded model with its weights, and the name of each parameter in checkpoints.
 
-    The weights come from `source`, else from the model's weight_files(), else from its initial_values().
+    The weights come from the checkpoint, else from the model's weight_files(), else from its initial_values().
     """
-    model = load_type(args.model.type)(**args.model.args)
+    model = args.model.type(**args.model.args)
     mesh = parallel.build_mesh(device)
     parallel.parallelize(model, mesh, args.precision, options.recompute, options.compile)
     parallel.materialize(model, device)
     prefix = getattr(model, "name_prefix", "")
     names = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
-    if source:
-        parallel.fill(names, _from_checkpoint(source))
-    elif files := (model.weight_files() if hasattr(model, "weight_files") else None):
-        parallel.fill(names, _from_files(files))
-    elif hasattr(model, "initial_values"):
-        parallel.fill(names, _from_scratch(model))
+    files = model.weight_files() if hasattr(model, "weight_files") and not resumed else None
+    source = Checkpoint.of_weights(files) if files else resumed
+    for parameter, name in names.items():
+        box, out = parallel.local_box(parameter), parallel.local(parameter)
+        if source:
+            key = f"model.{name}" if resumed else name
+            found = source.tensors[key][1] if key in source.tensors else parameter.shape
+            if found != parameter.shape:
+                wanted = f"this model's is {tuple(parameter.shape)}: give the same model flags"
+                raise CheckpointError(f"{source.path}: {name} has shape {found}, {wanted}")
+            source.read(key, box, out)
+        elif hasattr(model, "initial_values") and box.size:
+            start = box.offsets[0] * math.prod(parameter.shape[1:])  # FSDP's boxes are runs of whole rows
+            out.copy_(model.initial_values(name, start, start + box.size).view(box.shape))
     return model, names
-
-
-def _from_checkpoint(source: Checkpoint):
-    def put(out: torch.Tensor, name: str, shape: tuple[int, ...], box: Box) -> None:
-        name = f"model.{name}"
-        if name in source.tensors and source.tensors[name][1] != shape:
-            raise CheckpointError(
-                f"{source.path}: {name} has shape {source.tensors[name][1]}, this model's is {shape}: "
-                "give the same model flags"
-            )
-        source.read(name, box, out)
-
-    return put
-
-
-def _from_files(files: dict[str, Path]):
-    readers = {path: TensorFileReader(path) for path in set(files.values())}
-
-    def put(out: torch.Tensor, name: str, shape: tuple[int, ...], box: Box) -> None:
-        if name not in files:
-            raise ValueError(f"the pretrained weights hold no parameter {name}: they belong to another model")
-        reader = readers[files[name]]
-        found = reader.tensors[name][1]
-        if found != shape:
-            raise ValueError(
-                f"{reader.path}: {name} has shape {found}, the model's configuration says {shape}"
-            )
-        out.copy_(reader.read(name, box))
-
-    return put
-
-
-def _from_scratch(model):
-    def put(out: torch.Tensor, name: str, shape: tuple[int, ...], box: Box) -> None:
-        start = box.offsets[0] * math.prod(shape[1:])  # FSDP's boxes are runs of whole rows
-        out.copy_(model.initial_values(name, start, start + box.size).view(box.shape))
-
-    return put
 
 
 # ---------------------------------------------------------------- resume
@@ -145,27 +116,29 @@ def open_resumed(args: TrainerArgs, control) -> Checkpoint | None:
 
     'last' falls back to the newest good checkpoint with a warning. control: a gloo group of all ranks.
     """
-    path = args.checkpoint.get_resume_checkpoint()
-    if path is None:
-        return None
-    paths, first = [path], dist.get_rank() == 0
-    if path.name in ("last", "best") and path.parent == Path(args.checkpoint.save_dir):
-        paths = candidates(path.parent, path.name)
-        if paths and not path.exists() and first:
-            logger.warning("WARNING: %s names no checkpoint. Falling back to %s", path, paths[0])
-    for path, next_path in zip(paths, [*paths[1:], None], strict=True):
+    wanted, save_dir = args.checkpoint.resume_from, Path(args.checkpoint.save_dir)
+    named = str(wanted) in ("last", "best")
+    paths = candidates(save_dir, str(wanted)) if named else [Path(wanted)] if wanted else []
+    problem = (
+        f"{save_dir / wanted} names no checkpoint" if named and not (save_dir / wanted).exists() else None
+    )
+    for path in paths:
+        if problem and dist.get_rank() == 0:
+            logger.warning("WARNING: %s. Falling back to %s", problem, path)
         source, problem = _open_verified(path, control)
         if problem is None:
             return source
-        if next_path is None:
-            raise CheckpointError(problem)
-        if first:
-            logger.warning("WARNING: %s. Falling back to %s", problem, next_path)
+    if paths:
+        raise CheckpointError(problem)
+    if named and dist.get_rank() == 0:
+        logger.warning(
+            "resume_from: there is no '%s' checkpoint in %s: training starts fresh", wanted, save_dir
+        )
     return None
 
 
 def _open_verified(path: Path, control) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint, of which each rank has verified its share, and the first problem that any rank found."""
+    """The checkpoint, of which each rank verified its share, and the first problem that a rank found."""
     source, problem = None, None
     try:
         source = Checkpoint.open(path)
