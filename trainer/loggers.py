@@ -36,34 +36,32 @@ def log_save_cost(step_seconds: float, blocked_seconds: float, total_seconds: fl
     )
     if needed > allowed and "TORCHELASTIC_RUN_ID" in os.environ:
         logger.warning(
-            f"WARNING: a step and a save take {needed:.0f} s, but torchrun kills its ranks {allowed:.0f} s after a "
-            f"SIGTERM: start it with --shutdown_timeout={math.ceil(3 * needed)} "
-            "(TORCH_ELASTIC_SHUTDOWN_TIMEOUT set that high silences this)"
+            "WARNING: a step and a save take %.0f s, but torchrun kills its ranks %.0f s after a SIGTERM: use "
+            "torchrun --shutdown_timeout=%d (a TORCH_ELASTIC_SHUTDOWN_TIMEOUT as high silences this)",
+            *(needed, allowed, math.ceil(3 * needed)),
         )
 
 
 class JsonlLogger:
-    """Appends to `<log_dir>/metrics.jsonl`, floats at full precision, null for what is not finite (JSON has
-    no NaN).
+    """Appends to `<log_dir>/metrics.jsonl`: floats at full precision, null for what is not finite.
 
-    A resumed run continues the file: no step twice.
+    A resumed run continues the file: no step comes twice.
     """
 
     def __init__(self, log_dir: str | Path):
         self.path = Path(log_dir) / METRICS
 
     def setup(self, step: int = 0) -> None:
-        """`step`: the last one of the run that is resumed; what the file holds beyond it is dropped, as it
-        will come again.
+        """Opens the file to continue after `step`: later lines are dropped, because they will come again.
 
-        A run from step 0 is another run than the one that the folder holds: that is set aside.
+        A run from step 0 sets the folder aside if it holds another run.
         """
         if step == 0 and self.path.exists():
             set_aside(self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
-        # A validation may be made up for twice, if the run was stopped in between.
+        # A resume may repeat a validation that was logged but not recorded with the checkpoint.
         self._known = {(step, *json.loads(line)) for line in kept if _step(line) == step}
         if len(kept) < len(lines):
             temporary = self.path.with_suffix(".new")
@@ -74,12 +72,9 @@ class JsonlLogger:
     def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
         if (step, "step", *metrics) in self._known:
             return
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        }
+        broken = [name for name, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
         try:
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.write(json.dumps({"step": step, **metrics, **dict.fromkeys(broken)}) + "\n")
         except OSError as error:
             error.filename = str(self.path)
             raise
@@ -92,7 +87,7 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # the half line of a killed run
+        return math.inf  # the half line of a killed run
 
 
 class TensorBoardLogger:

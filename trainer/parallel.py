@@ -32,8 +32,7 @@ def build_mesh(device: torch.device) -> DeviceMesh:
 def parallelize(
     model: nn.Module, mesh: DeviceMesh, precision: str, recompute: str | int, compile_layers: bool
 ) -> None:
-    """Shards the model in place. Compiling comes after recompute so that it includes it; FSDP gathers around
-    both.
+    """Shards the model in place. The order matters: compile includes recompute, and FSDP gathers around both.
 
     precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
     recompute: 'none', 'full', or how many layers recompute their activations during backward.
@@ -77,9 +76,8 @@ def local_box(tensor: torch.Tensor) -> Box:
     """Where `local(tensor)` lies in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return Box.whole(tensor.shape)
-    shape, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
+    mesh, placements = tensor.device_mesh, tensor.placements
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     return Box(tuple(offsets), tuple(shape))
 
 

@@ -52,8 +52,10 @@ class Saver:
     save.
     """
 
-    def __init__(self, save_dir: Path, keep_last: int | None, group, good: Path | None = None):
-        self.save_dir, self.keep_last, self.group = save_dir, keep_last, group
+    def __init__(
+        self, save_dir: Path, keep_last: int | None, background: bool, group, good: Path | None = None
+    ):
+        self.save_dir, self.keep_last, self.background, self.group = save_dir, keep_last, background, group
         self.is_first = dist.get_rank(group) == 0
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
         self.newest: Path | None = None  # saved, but no step has succeeded from it yet
@@ -61,24 +63,18 @@ class Saver:
         self._thread, self._error = None, None
 
     def save(
-        self,
-        name: CheckpointName,
-        tensors: list[LocalTensor],
-        state: dict,
-        rng: str,
-        in_background: bool = False,
+        self, name: CheckpointName, tensors: list[LocalTensor], state: dict, rng: str, began: float
     ) -> None:
         """Saves the tensors as `<save_dir>/<name>` and points `last` at it.
 
-        rng: this rank's random state. In the background, the caller may change the tensors as soon as this
-        returns.
+        rng: this rank's random state. began: time.perf_counter() when the caller began. In the background, the
+        caller may change the tensors as soon as this returns.
         """
-        began = time.perf_counter()
         self.wait()
         folder = self.save_dir / str(name)
         if self.is_first:
             validation_path(folder).unlink(missing_ok=True)  # of an earlier checkpoint of that name
-        if in_background:
+        if self.background:
             tensors = [LocalTensor(t.name, t.shape, t.box, _host_copy(t.data)) for t in tensors]
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # training may change the tensors only after the copies are complete
@@ -272,7 +268,7 @@ def set_aside(folder: Path) -> Path:
     """Renames the folder to the first free numbered name; raises CheckpointError if it is in use."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise CheckpointError(
-            f"{folder} holds another run, and cannot be set aside from inside it: choose another --save_dir and "
+            f"{folder} holds another run, and cannot be set aside from inside it: name another --save_dir and "
             "--log_dir"
         )
     numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
@@ -287,20 +283,11 @@ def check_folder(folder: Path, inputs: list[str], resumed: bool) -> None:
 
     inputs: paths that the run reads, if they exist.
     """
+    fix = "name another --save_dir and --log_dir"
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if (
-        not above.is_dir()
-        or not os.access(above, os.W_OK | os.X_OK)
-        or os.statvfs(above).f_flag & os.ST_RDONLY
-    ):
-        raise ValueError(
-            f"{folder} cannot be written to ({above} does not allow it): name another --save_dir or --log_dir"
-        )
-    inside = [
-        name for name in inputs if Path(name).exists() and folder.resolve() in Path(name).resolve().parents
-    ]
-    if inside and not resumed and ((folder / "last").exists() or (folder / "metrics.jsonl").exists()):
-        raise ValueError(
-            f"{folder} holds another run and would be set aside, with {inside[0]} in it: "
-            "name another --save_dir and --log_dir"
-        )
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written to ({above} does not allow it): {fix}")
+    holds_a_run = (folder / "last").exists() or (folder / "metrics.jsonl").exists()
+    for path in [Path(name) for name in inputs] if holds_a_run and not resumed else []:
+        if path.exists() and folder.resolve() in path.resolve().parents:
+            raise ValueError(f"{folder} holds another run and would be set aside, with {path} in it: {fix}")

@@ -1,6 +1,5 @@
 """Sets up a run of our Trainer: process group, signals, the model with its weights, resume, random state."""
 
-import base64
 import contextlib
 import json
 import logging
@@ -8,7 +7,6 @@ import math
 import os
 import random
 import signal
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +34,7 @@ def process_group(device: torch.device):
         store, rank, world_size = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
             # After a restart, torchrun's store still holds the addresses of the ranks that died: use new
-            # keys. On several nodes the restart counts may differ; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps
-            # there.
+            # keys. Nodes may count restarts differently: there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
@@ -119,9 +116,8 @@ def open_resumed(args: TrainerArgs, control) -> Checkpoint | None:
     wanted, save_dir = args.checkpoint.resume_from, Path(args.checkpoint.save_dir)
     named = str(wanted) in ("last", "best")
     paths = candidates(save_dir, str(wanted)) if named else [Path(wanted)] if wanted else []
-    problem = (
-        f"{save_dir / wanted} names no checkpoint" if named and not (save_dir / wanted).exists() else None
-    )
+    missing = named and not (save_dir / wanted).exists()
+    problem = f"{save_dir / wanted} names no checkpoint" if missing else None
     for path in paths:
         if problem and dist.get_rank() == 0:
             logger.warning("WARNING: %s. Falling back to %s", problem, path)
@@ -131,9 +127,7 @@ def open_resumed(args: TrainerArgs, control) -> Checkpoint | None:
     if paths:
         raise CheckpointError(problem)
     if named and dist.get_rank() == 0:
-        logger.warning(
-            "resume_from: there is no '%s' checkpoint in %s: training starts fresh", wanted, save_dir
-        )
+        logger.warning("resume_from: there is no '%s' checkpoint in %s: a fresh start", wanted, save_dir)
     return None
 
 
@@ -160,14 +154,11 @@ def restore_optimizer(
         state = optimizer.state[parameter]
         for key in keys:
             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            source.read(
-                f"optimizer.{name}.{key}", parallel.local_box(parameter), out=parallel.local(state[key])
-            )
+            box, out = parallel.local_box(parameter), parallel.local(state[key])
+            source.read(f"optimizer.{name}.{key}", box, out)
         # Optimizers keep the step beside the parameter if they are fused, else on the CPU.
         fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-        state["step"] = torch.tensor(
-            float(updates), device=parallel.local(parameter).device if fused else "cpu"
-        )
+        state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
 
 
 # ---------------------------------------------------------------- random state
@@ -176,13 +167,10 @@ def restore_optimizer(
 def rng_state() -> str:
     """The state of Python's, NumPy's, torch's and the device's random number generators, as JSON."""
     kind, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-    }
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state["torch"] = torch.get_rng_state().tolist()
     if torch.cuda.is_available():
-        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
     return json.dumps(state)
 
 
@@ -192,14 +180,8 @@ def set_rng_state(text: str) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))
-
-    def tensor(encoded: str) -> torch.Tensor:
-        return torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
-
-    torch.set_rng_state(tensor(state["torch"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensor(state["cuda"]))
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
     elif torch.cuda.is_available():
-        warnings.warn(
-            "the checkpoint was saved without CUDA: CUDA's random numbers start from the seed", stacklevel=2
-        )
+        logger.warning("WARNING: a CPU saved the checkpoint: CUDA's random numbers start from the seed")

@@ -89,12 +89,12 @@ class Trainer:
             wanted = args.compute_config.runtime_ngpus
             raise ValueError(f"compute_config.runtime_ngpus is {wanted}, but {self.world_size} ranks run")
         setup.seed_everything(args.seed, self.options.deterministic)
-        make_dataset = args.dataset.type
-        self.train_set = make_dataset(**args.dataset.train_args)
-        self.val_set = make_dataset(**args.dataset.val_args) if args.dataset.val_args else None
-        self.control = dist.new_group(
-            backend="gloo"
-        )  # for objects and barriers, which nccl does not carry well
+        data = args.dataset
+        self.train_set, self.val_set = (
+            data.type(**data.train_args),
+            data.val_args and data.type(**data.val_args),
+        )
+        self.control = dist.new_group(backend="gloo")  # for objects and barriers
         self.resumed = setup.open_resumed(args, self.control)
         self.model, self.names = setup.build_model(args, self.options, self.device, self.resumed)
 
@@ -121,8 +121,9 @@ class Trainer:
             self.loggers = [config.type(**config.args) for config in args.log]
             for log in self.loggers:
                 log.setup(self.state.step)
-        keep, group = args.checkpoint.keep_last_n_checkpoints, dist.new_group(backend="gloo")
-        self.saver = Saver(self.save_dir, keep, group, good=self.resumed.path if self.resumed else None)
+        keep, good = args.checkpoint.keep_last_n_checkpoints, self.resumed.path if self.resumed else None
+        group = dist.new_group(backend="gloo")
+        self.saver = Saver(self.save_dir, keep, self.options.async_save, group, good)
         return True
 
     def _restore(self) -> None:
@@ -134,31 +135,34 @@ class Trainer:
         if source.state["seed"] != seed:
             changed = f"the checkpoint was trained with seed {source.state['seed']}, not {seed}"
             logger.warning("WARNING: %s: the order of the samples changes", changed)
-        logger.info(
-            "resumed from %s: step %d, %d samples seen", source.path, self.state.step, self.state.samples
-        )
+        reached = f"step {self.state.step}, {self.state.samples} samples seen"
+        logger.info("resumed from %s: %s", source.path, reached)
 
     # ------------------------------------------------------------ the loop
 
     def _train(self) -> None:
-        args, state, skipped_in_a_row = self.args, self.state, 0
-        accumulation, ranks = args.grad_accumulation_steps, (self.rank, self.world_size)
+        args, state = self.args, self.state
+        micro, accumulation, ranks = (
+            args.micro_batch_size,
+            args.grad_accumulation_steps,
+            (self.rank, self.world_size),
+        )
         self.sampler = GlobalBatchSampler(
-            len(self.train_set), args.micro_batch_size, accumulation, *ranks, args.seed, start=state.samples
+            len(self.train_set), micro, accumulation, *ranks, args.seed, start=state.samples
         )
         batches = load_batches(self.train_set, self.sampler, args.dataloader.train_args, self.device)
         if self._validation_is_missing():
-            self._validate_and_log(CheckpointName(self.resumed.state["epoch"], state.step))
+            name = CheckpointName(self.resumed.state["epoch"], state.step)
+            self._validate_and_log(name if (self.save_dir / str(name)).is_dir() else None)
         elif self.options.validate_first and not self.resumed and self.val_set is not None:
             self._validate_and_log(None)
+        skipped_in_a_row = 0
         while state.step < args.max_train_steps:
-            began, epoch, first_sample = time.perf_counter(), self._epoch(), state.samples
+            began, epoch = time.perf_counter(), self._epoch()
             micro_batches = [next(batches) for _ in range(accumulation)]
             data_seconds = time.perf_counter() - began
-            lr = self.optimizer.param_groups[0]["lr"]
-            loss, gnorm, tokens, finite = self._train_step(micro_batches)
-            if finite:
-                self.saver.confirm()
+            metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+            metrics["train_loss"], metrics["gnorm"], tokens, finite = self._train_step(micro_batches)
             state.step += 1
             state.samples += args.global_batch_size
             state.tokens += tokens
@@ -168,31 +172,27 @@ class Trainer:
             memory, save_failed, terminated, save_wanted = self._largest(
                 peak_memory_gib(self.device), self.saver.failed, *self.signals.values()
             )
-            if save_failed:
-                self.saver.wait()  # raises on every rank
-            metrics = {
-                "epoch": epoch,
-                "train_loss": loss,
-                "lr": lr,
-                "gnorm": gnorm,
-                "tokens": state.tokens,
-                "tokens_per_second": tokens / self.step_seconds,
+            metrics |= {"tokens": state.tokens, "tokens_per_second": tokens / self.step_seconds}
+            metrics |= {
                 "step_seconds": self.step_seconds,
                 "data_seconds": data_seconds,
                 "peak_memory_gib": memory,
             }
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if not finite:
-                metrics["skipped_samples"] = self.sampler.indices(
-                    np.arange(first_sample, state.samples)
-                ).tolist()
+            if save_failed:
+                self.saver.wait()  # raises on every rank
+            if finite:
+                self.saver.confirm()
+            else:
+                positions = np.arange(state.samples - args.global_batch_size, state.samples)
+                metrics["skipped_samples"] = self.sampler.indices(positions).tolist()
             self._log(metrics, "train")
             logger.info(progress_line(state.step, args.max_train_steps, metrics))
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row >= self.options.max_skipped_steps:
                 raise TrainingFailed(
-                    f"the loss or the gradient norm was not finite for {skipped_in_a_row} steps in a row, until step "
-                    f"{state.step}: {self.saver.last_good()}. Lower --learning_rate, raise --warmup_steps, or look "
-                    "at the samples that metrics.jsonl names"
+                    f"the loss or the gradient norm was not finite for {skipped_in_a_row} steps in a row, until "
+                    f"step {state.step}: {self.saver.last_good()}. Lower --learning_rate, raise --warmup_steps, "
+                    "or look at the samples that metrics.jsonl names"
                 )
             self._save_and_validate(epoch, finite, bool(terminated), bool(save_wanted))
         self.saver.wait()
@@ -210,11 +210,8 @@ class Trainer:
         for batch in micro_batches:
             loss, detached, count = self.model(batch)
             loss.backward()  # FSDP sums the gradients over the ranks
-            loss_sum, targets, tokens = (
-                loss_sum + detached.double(),
-                targets + count,
-                tokens + batch["num_tokens"],
-            )
+            loss_sum, targets = loss_sum + detached.double(), targets + count
+            tokens += batch["num_tokens"]
         loss_sum, targets, tokens = self._sum(loss_sum, targets, tokens)
         gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
         norm = parallel.whole(torch.nn.utils.get_total_norm(gradients)).item()
@@ -249,9 +246,7 @@ class Trainer:
 
     def _leave(self) -> None:
         self.saver.wait()
-        logger.info(
-            "SIGTERM: saved step %d and stopping; --resume_from=last continues from here", self.state.step
-        )
+        logger.info("SIGTERM: saved step %d and stopping; --resume_from=last continues", self.state.step)
         dist.barrier(group=self.control)
         sys.exit(SIGTERM_EXIT_CODE)
 
@@ -261,9 +256,8 @@ class Trainer:
     def validate(self) -> float | None:
         """The mean loss of the validation set in nats per target; None: a SIGTERM came first."""
         micro, samples = self.args.micro_batch_size, len(self.val_set)
-        sampler = GlobalBatchSampler(
-            samples, micro, 1, self.rank, self.world_size, shuffle=False, stop=samples
-        )
+        ranks = (self.rank, self.world_size)
+        sampler = GlobalBatchSampler(samples, micro, 1, *ranks, shuffle=False, stop=samples)
         loss_sum, targets = 0.0, 0
         self.model.eval()
         try:
@@ -316,20 +310,13 @@ class Trainer:
             "seed": args.seed,
             "validation_due": validation_due,
             "train_state": vars(self.state).copy(),
-            "versions": {
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": sys.version.split()[0],
-            },
         }
         if hook := args.hook.on_save_checkpoint:
             hook(self, state)
-        began = time.perf_counter()
+        began, tensors = time.perf_counter(), self._local_tensors()
         self.saver.wait()
-        waited_seconds = time.perf_counter() - began
         self._after_save()
-        self.saver.save(name, self._local_tensors(), state, setup.rng_state(), self.options.async_save)
-        self.saver.blocked_seconds += waited_seconds
+        self.saver.save(name, tensors, state, setup.rng_state(), began)
         done = "saving in the background:" if self.options.async_save else "saved"
         logger.info("%s %s", done, self.save_dir / str(name))
 
