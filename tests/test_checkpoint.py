@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import train
 from trainer import checkpoint, setup
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName
-from trainer.saver import LocalTensor, Saver
+from trainer.saver import Saver
 from trainer.tensorfile import Box, TensorFileReader, TensorFileWriter, file_digest
 
 SHARDS = ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors")
@@ -407,13 +407,13 @@ def steps(save_dir: Path) -> list[int]:
 def test_what_json_makes_of_the_state_is_what_is_checked(tmp_path, saver):
     # keys sort differently as strings
     state = {"model": {"id2label": {number: f"LABEL_{number}" for number in range(12)}}}
-    saver.save(name(1), [], state, "", 0.0)
+    saver.save(name(1), {}, state, "", 0.0)
     assert Checkpoint.open(tmp_path / "last").state["model"]["id2label"]["10"] == "LABEL_10"
 
 
 def test_checkpoints_of_an_abandoned_future_are_neither_counted_nor_preferred(tmp_path, saver):
     for step in (5, 6, 2, 3, 4):  # a run left 5 and 6; then it continued from 1
-        saver.save(name(step), [], {"step": step}, "", 0.0)
+        saver.save(name(step), {}, {"step": step}, "", 0.0)
         saver.record_validation(name(step), 10.0 - step)
     saver.prune()
     assert steps(tmp_path) == [
@@ -431,9 +431,9 @@ def test_checkpoints_of_an_abandoned_future_are_neither_counted_nor_preferred(tm
 
 
 def test_a_checkpoint_that_proves_bad_is_withdrawn(tmp_path, saver):
-    saver.save(name(1), [], {}, "", 0.0)
+    saver.save(name(1), {}, {}, "", 0.0)
     saver.confirm()
-    saver.save(name(2), [], {}, "", 0.0)
+    saver.save(name(2), {}, {}, "", 0.0)
     saver.discard_newest()
     assert steps(tmp_path) == [1] and (tmp_path / "last").readlink() == Path("0000-0001")
     assert saver.last_good() == f"the last good checkpoint is {tmp_path / '0000-0001'}"
@@ -443,8 +443,7 @@ def test_a_second_save_waits_for_the_first(tmp_path, saver):
     data, saver.background = torch.randn(1000, 1000), True
     for step in (1, 2, 3):
         data.add_(1)
-        local = LocalTensor("model.w", (1000, 1000), Box.whole((1000, 1000)), data)
-        saver.save(name(step), [local], {"step": step}, "", 0.0)
+        saver.save(name(step), {"model.w": data}, {"step": step}, "", 0.0)
         expected = data.clone()
         data.add_(100)  # training continues in the same memory
     saver.wait()

@@ -8,48 +8,29 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from trainer import checkpoint, parallel
 from trainer.args import TrainingFailed
-from trainer.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    CheckpointName,
-    checkpoints,
-    json_digest,
-    read_manifest,
-    read_validation,
-    replaced_path,
-    saving_path,
-    step_of,
-    sync_folder,
-    validation_path,
-)
+from trainer.checkpoint import CheckpointError, CheckpointName, replaced_path, saving_path, sync_folder
 from trainer.tensorfile import Box, TensorFileWriter
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class LocalTensor:
-    """One rank's box of one tensor. `shape` is the whole tensor's; `data` may be on any device."""
-
-    name: str
-    shape: tuple[int, ...]
-    box: Box
-    data: torch.Tensor
+Part = tuple[
+    tuple[int, ...], Box, torch.Tensor
+]  # the whole tensor's shape, this rank's box of it, its values
 
 
 class Saver:
     """Writes one checkpoint at a time, all ranks together.
 
-    group: a gloo process group of its own, because a background save communicates while training does too. A
-    failed save is the same TrainingFailed on every rank: `save` raises it, or the `wait` after a background
-    save.
+    background: save in a thread. group: a gloo process group of its own, because a background save communicates
+    while training does too. A failed save is the same TrainingFailed on every rank: `save` raises it, or the
+    `wait` after a background save.
     """
 
     def __init__(
@@ -63,9 +44,9 @@ class Saver:
         self._thread, self._error = None, None
 
     def save(
-        self, name: CheckpointName, tensors: list[LocalTensor], state: dict, rng: str, began: float
+        self, name: CheckpointName, tensors: dict[str, torch.Tensor], state: dict, rng: str, began: float
     ) -> None:
-        """Saves the tensors as `<save_dir>/<name>` and points `last` at it.
+        """Saves the tensors, distributed or not, as `<save_dir>/<name>` and points `last` at it.
 
         rng: this rank's random state. began: time.perf_counter() when the caller began. In the background, the
         caller may change the tensors as soon as this returns.
@@ -73,16 +54,22 @@ class Saver:
         self.wait()
         folder = self.save_dir / str(name)
         if self.is_first:
-            validation_path(folder).unlink(missing_ok=True)  # of an earlier checkpoint of that name
+            checkpoint.validation_path(folder).unlink(
+                missing_ok=True
+            )  # of an earlier checkpoint of that name
+        parts = {
+            key: (tuple(tensor.shape), parallel.local_box(tensor), parallel.local(tensor))
+            for key, tensor in tensors.items()
+            if parallel.is_first_replica(tensor)
+        }
         if self.background:
-            tensors = [LocalTensor(t.name, t.shape, t.box, _host_copy(t.data)) for t in tensors]
+            parts = {key: (shape, box, _host_copy(data)) for key, (shape, box, data) in parts.items()}
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # training may change the tensors only after the copies are complete
-            arguments = (folder, tensors, state, rng, began)
-            self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
+            self._thread = threading.Thread(target=self._run, args=(folder, parts, state, rng, began))
             self._thread.start()
         else:
-            self._write(folder, tensors, state, rng, began)
+            self._write(folder, parts, state, rng, began)
         self.newest = folder
         self.blocked_seconds = time.perf_counter() - began
 
@@ -106,12 +93,12 @@ class Saver:
 
     def record_validation(self, name: CheckpointName, val_loss: float) -> None:
         """Writes the loss beside the checkpoint, and moves `best`. Only rank 0 calls this."""
-        _write_json(validation_path(self.save_dir / str(name)), {"val_loss": val_loss})
+        _write_json(checkpoint.validation_path(self.save_dir / str(name)), {"val_loss": val_loss})
         self.update_best()
 
     def update_best(self) -> None:
         """Points `best` at the checkpoint with the lowest validation loss. Only rank 0 calls this."""
-        losses = {path: read_validation(path) for path in self._up_to(self.newest or self.good)}
+        losses = {path: checkpoint.read_validation(path) for path in self._up_to(self.newest or self.good)}
         known = [path for path in reversed(losses) if losses[path] is not None]  # the first of equals wins
         if known:
             _swap_link(self.save_dir, "best", min(known, key=losses.get).name)
@@ -146,8 +133,12 @@ class Saver:
 
     def _up_to(self, folder: Path | None) -> list[Path]:
         """Finished checkpoints, the newest first; later steps than the folder's are an abandoned run's."""
-        limit = step_of(folder) if folder else None
-        return [path for path in checkpoints(self.save_dir) if limit is not None and step_of(path) <= limit]
+        limit = checkpoint.step_of(folder) if folder else None
+        return [
+            path
+            for path in checkpoint.checkpoints(self.save_dir)
+            if limit is not None and checkpoint.step_of(path) <= limit
+        ]
 
     def _run(self, *args) -> None:
         try:
@@ -155,7 +146,7 @@ class Saver:
         except BaseException as error:  # wait() raises it again in the training thread
             self._error = error
 
-    def _write(self, folder: Path, tensors: list[LocalTensor], state: dict, rng: str, began: float) -> None:
+    def _write(self, folder: Path, parts: dict[str, Part], state: dict, rng: str, began: float) -> None:
         rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         temporary = saving_path(folder)
 
@@ -166,11 +157,11 @@ class Saver:
 
         def write_shard():
             file = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
-            specs = {t.name: (t.data.dtype, tuple(t.data.shape)) for t in tensors}
-            boxes = json.dumps({t.name: (t.shape, t.box.offsets) for t in tensors})
+            specs = {name: (data.dtype, box.shape) for name, (_, box, data) in parts.items()}
+            boxes = json.dumps({name: (shape, box.offsets) for name, (shape, box, _) in parts.items()})
             with TensorFileWriter(temporary / file, specs, {"boxes": boxes, "rng": rng}) as writer:
-                for tensor in tensors:
-                    writer.add(tensor.name, tensor.data)
+                for name, (_, _, data) in parts.items():
+                    writer.add(name, data)
                 return file, writer.finish()
 
         try:
@@ -187,7 +178,7 @@ class Saver:
         """All data is on disk; manifest and renames remain. A kill between any two leaves whole checkpoints."""
         temporary, replaced = saving_path(folder), replaced_path(folder)
         body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
-        _write_json(temporary / MANIFEST, {**body, "checksum": json_digest(body)})
+        _write_json(temporary / checkpoint.MANIFEST, {**body, "checksum": checkpoint.json_digest(body)})
         sync_folder(temporary)
         if folder.exists():
             os.rename(folder, replaced)
@@ -240,37 +231,30 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-    validation_path(folder).unlink(missing_ok=True)
+    checkpoint.validation_path(folder).unlink(missing_ok=True)
 
 
 def clean_up(save_dir: Path) -> None:
-    """Removes what a killed save left behind; a replaced checkpoint whose successor is missing gets its name back."""
+    """Removes what a killed save left behind, and restores a checkpoint that it had not yet replaced."""
     for link in ("last", "best"):
         (save_dir / f".{link}.new").unlink(missing_ok=True)
     for path in save_dir.glob(".*-*-*") if save_dir.is_dir() else []:
         kind, name = path.name[1:].split("-", 1)
         if kind not in ("saving", "replaced") or not CheckpointName.parse(name):
             continue
-        if kind == "replaced" and not (save_dir / name).exists() and _is_whole(path):
-            os.rename(path, save_dir / name)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        return bool(read_manifest(folder))
-    except CheckpointError:
-        return False
+        try:
+            if kind == "replaced" and not (save_dir / name).exists() and checkpoint.read_manifest(path):
+                os.rename(path, save_dir / name)
+        except CheckpointError:  # it is being deleted, not replaced
+            pass
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
     """Renames the folder to the first free numbered name; raises CheckpointError if it is in use."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise CheckpointError(
-            f"{folder} holds another run, and cannot be set aside from inside it: name another --save_dir and "
-            "--log_dir"
-        )
+        fix = "name another --save_dir and --log_dir"
+        raise CheckpointError(f"{folder} holds another run, and cannot be set aside from inside it: {fix}")
     numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     target = next(path for path in numbered if not path.exists())
     os.rename(folder, target)

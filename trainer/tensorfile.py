@@ -15,16 +15,8 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES as DTYPES
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = (
     2**22

@@ -19,7 +19,7 @@ from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
 from trainer.checkpoint import CheckpointName, checkpoints
 from trainer.loggers import log_save_cost, perplexity, progress_line
 from trainer.sampler import GlobalBatchSampler, load_batches
-from trainer.saver import LocalTensor, Saver, clean_up, set_aside
+from trainer.saver import Saver, clean_up, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -313,25 +313,20 @@ class Trainer:
         }
         if hook := args.hook.on_save_checkpoint:
             hook(self, state)
-        began, tensors = time.perf_counter(), self._local_tensors()
+        began = time.perf_counter()
         self.saver.wait()
         self._after_save()
-        self.saver.save(name, tensors, state, setup.rng_state(), began)
+        self.saver.save(name, self.saved_tensors(), state, setup.rng_state(), began)
         done = "saving in the background:" if self.options.async_save else "saved"
         logger.info("%s %s", done, self.save_dir / str(name))
 
-    def _local_tensors(self) -> list[LocalTensor]:
-        """The part of the weights and of the optimizer's state that this rank saves."""
-        found = {}
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights and the optimizer's state, under the names that checkpoints use."""
+        found = {f"model.{name}": parameter for parameter, name in self.names.items()}
         for parameter, name in self.names.items():
-            found[f"model.{name}"] = parameter
             state = self.optimizer.state.get(parameter, {})
             found |= {f"optimizer.{name}.{key}": value for key, value in state.items() if key != "step"}
-        return [
-            LocalTensor(name, tuple(tensor.shape), parallel.local_box(tensor), parallel.local(tensor))
-            for name, tensor in found.items()
-            if parallel.is_first_replica(tensor)
-        ]
+        return found
 
     def _after_save(self) -> None:
         """Once the last save is over: moves `best`, prunes, and logs what the save cost."""

@@ -20,7 +20,7 @@ import llama3.export  # noqa: E402, F401
 import llama3.model  # noqa: E402, F401
 import train  # noqa: E402
 import trainer.trainer  # noqa: E402, F401
-from trainer import setup  # noqa: E402
+from trainer import parallel, setup  # noqa: E402
 
 
 class Peak:
@@ -51,7 +51,7 @@ if task == "setup":  # a run up to its first step: weights, optimizer, what is r
         job.build()
         job.prepare_training()
         measured = peak.above_start()
-        tensors = [tensor.data for tensor in job._local_tensors()]
+        tensors = [parallel.local(tensor) for tensor in job.saved_tensors().values()]
         state = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 else:
     peak = Peak()
