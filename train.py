@@ -570,21 +570,31 @@ def export(args) -> None:
 
 
 def generate(args) -> None:
-    from llama3 import assets
-    from llama3.export import generate_text, load_model
+    import tempfile
 
-    if args.resume_from:
-        named = (
-            f"{args.save_dir}/{args.resume_from}"
-            if args.resume_from in ("last", "best")
-            else args.resume_from
-        )
-        source, config, tokenizer = open_checkpoint(args, named, "--resume_from")
-        model = load_model(config, source.parameters(), args.precision)
-    else:
-        tokenizer = assets.load_tokenizer(args.tokenizer_id)
-        model = load_model(assets.model_folder(args.model_id), None, args.precision)
-    print(generate_text(model, tokenizer, args.generate, args.max_new_tokens, args.seed))
+    from llama3 import assets
+    from llama3.export import export_hf, generate_text
+    from trainer.tensorfile import TensorFileWriter
+
+    def sample(folder: Path, tokenizer) -> str:
+        return generate_text(folder, tokenizer, args.generate, args.max_new_tokens, args.seed, args.precision)
+
+    if not args.resume_from:
+        assets.weight_files(args.model_id)  # says in a sentence what is missing
+        print(sample(assets.model_folder(args.model_id), assets.load_tokenizer(args.tokenizer_id)))
+        return
+    in_save_dir = args.resume_from in ("last", "best")
+    named = f"{args.save_dir}/{args.resume_from}" if in_save_dir else args.resume_from
+    source, config, tokenizer = open_checkpoint(args, named, "--resume_from")
+    shapes = {
+        name.removeprefix("model."): shape
+        for name, (_, shape) in source.tensors.items()
+        if name.startswith("model.")
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "hf")
+        export_hf(folder, config, tokenizer, shapes, source.parameters(), args.precision, TensorFileWriter)
+        print(sample(folder, tokenizer))
 
 
 def open_checkpoint(args, path: str, flag: str):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -166,12 +166,10 @@ def _hub_trouble(error: Exception) -> str | None:
         return "gated"
     if caused_by(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, DatasetNotFoundError):
         return "not on the hub"
-    if caused_by(errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
     if answers := [link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)]:
         return f"the hub answered {answers[-1]}"
     if caused_by(errors.LocalEntryNotFoundError, ConnectionError) and not caused_by(ConnectionResetError):
-        return "the hub cannot be reached"
+        return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
     # errors.HTTPError is from the hub's HTTP client: requests, httpx or httpx2, whichever its version uses.
     return "the connection dropped" if caused_by(errors.HTTPError, ConnectionResetError) else None
 
