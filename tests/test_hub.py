@@ -42,16 +42,13 @@ def parquet(texts) -> bytes:
     return file.getvalue()
 
 
-def lines(texts) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-
-
 @pytest.fixture(scope="module")
 def hub(tiny):
     model = {path.name: path.read_bytes() for path in tiny.iterdir()}
     pickled = {"config.json": model["config.json"], "pytorch_model.bin": b"\x80"}
-    splits = {"train.jsonl": lines(SENTENCES[:300]), "test.jsonl": lines(SENTENCES[:5])}
+    splits = {"train.parquet": parquet(SENTENCES[:300]), "test.parquet": parquet(SENTENCES[:5])}
     script = {"bookcorpus.py": b"raise SystemExit('a data set script was run')", "README.md": b""}
+    book = {"plain_text/train/0000.parquet": parquet(SENTENCES)}
     converted = {f"{name}/train/0000.parquet": parquet(SENTENCES[:70]) for name in "ab"}
     good = ["good", "busy", "dropping", "gated", "forbidden", "jammed", "broken", "unreliable"]
     repos = {("models", f"here/{name}", "main"): model for name in good}
@@ -59,14 +56,12 @@ def hub(tiny):
         ("models", "here/other-kind", "main"): {"config.json": b'{"model_type": "gpt2"}'},
         ("models", "here/pickled", "main"): pickled,
         ("datasets", "here/rows", "main"): splits,
-        ("datasets", "here/gated", "main"): {"train.jsonl": lines(SENTENCES)},
-        ("datasets", "here/no-train", "main"): {"test.jsonl": lines(SENTENCES)},
+        ("datasets", "here/gated", "main"): {"train.parquet": parquet(SENTENCES)},
+        ("datasets", "here/no-train", "main"): {"test.parquet": parquet(SENTENCES)},
         ("datasets", "here/script", "main"): script,
         ("datasets", "here/script", "refs/convert/parquet"): converted,
         ("datasets", "bookcorpus/bookcorpus", "main"): script,
-        ("datasets", "bookcorpus/bookcorpus", "refs/convert/parquet"): {
-            "plain_text/train/0000.parquet": parquet(SENTENCES)
-        },
+        ("datasets", "bookcorpus/bookcorpus", "refs/convert/parquet"): book,
     }
     passing = {"here/busy": (429, 2), "here/dropping": ("drop", 2)}
     lasting = {"gated": 401, "forbidden": 403, "jammed": 429, "broken": 503, "unreliable": "drop"}

@@ -1,4 +1,4 @@
-"""The model's parts equal plain computations: attention inside documents, the loss in chunks, fresh weights."""
+"""The model's parts equal plain computations: attention inside documents, chunked loss, fresh weights."""
 
 from itertools import pairwise
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from llama3 import loss
-from llama3.data import Collator
 from llama3.loss import chunked_cross_entropy
 from llama3.model import Llama, _padded, packed_attention
 
@@ -64,8 +63,7 @@ def test_chunked_loss_and_gradients_equal_cross_entropy(monkeypatch, logits_per_
     found = chunked_cross_entropy(hidden, weight, labels)
     expected = F.cross_entropy((hidden @ weight.T).view(-1, 50), labels.view(-1), reduction="sum")
     torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(value * 0.3, (hidden, weight)) for value in (found, expected)]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*(torch.autograd.grad(x * 0.3, (hidden, weight)) for x in (found, expected)))
 
 
 def test_a_batch_without_targets_has_no_loss_and_no_gradient():
@@ -83,15 +81,6 @@ def test_only_the_needed_logits_are_held(monkeypatch):
     labels[:30] = 1
     chunked_cross_entropy(torch.randn(100, 16), torch.randn(50, 16), labels)
     assert max(sizes) <= 500 and sum(sizes) == 30 * 50
-
-
-def test_end_of_text_is_a_target_and_a_documents_first_token_is_not():
-    row = {"input_ids": [5, 6, 0, 7, 8, 0, 9, 9], "document_starts": [0, 3, 6]}
-    batch = Collator(8, 2)([row])
-    assert batch["labels"][0].tolist() == [6, 0, -100, 8, 0, -100, 9, -100]
-    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert batch["cu_seqlens"].tolist()[:4] == [0, 3, 6, 8] and batch["num_tokens"] == 8
-    assert (batch["labels"][1] == -100).all()
 
 
 @pytest.fixture(scope="module")

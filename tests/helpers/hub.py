@@ -45,7 +45,10 @@ class Hub(BaseHTTPRequestHandler):
         self.requests[repo_id] += 1
         what, times = self.trouble.get(repo_id, (None, 0))
         if self.requests[repo_id] <= times:
-            return self.misbehave(what)
+            if what == "drop":
+                self.close_connection = True
+                return self.connection.close()
+            return self.reply(what, b"{}", **({"X_Error_Code": "GatedRepo"} if what in (401, 403) else {}))
         revision = next((known for *_, known in self.repos if sha1(known.encode()) == revision), revision)
         files, commit = self.repos.get((kind, repo_id, revision)), sha1(revision.encode())
         if files is None:
@@ -69,8 +72,7 @@ class Hub(BaseHTTPRequestHandler):
         }
         if action == "revision":
             siblings = [{"rfilename": name} for name in files]
-            plain = dict(private=False, gated=False, tags=[], downloads=0)
-            return {"id": commit, "sha": commit, "siblings": siblings, **plain}
+            return {"id": commit, "sha": commit, "siblings": siblings}
         if action == "paths-info":
             wanted = parse_qs(body).get("paths") or json.loads(body)["paths"]
             return [entry for name, entry in entries.items() if name in wanted]
@@ -81,15 +83,7 @@ class Hub(BaseHTTPRequestHandler):
         recursive = "recursive=true" in self.path.lower()
         found = [entries[name] for rest, name in inside.items() if recursive or "/" not in rest]
         folders = sorted({prefix + rest.split("/")[0] for rest in inside if "/" in rest})
-        sub = [{"type": "directory", "path": name, "size": 0, "oid": sha1(name.encode())} for name in folders]
-        return found + sub
-
-    def misbehave(self, what):
-        if what == "drop":
-            self.close_connection = True
-            self.connection.close()
-        else:
-            self.reply(what, b"{}", **({"X_Error_Code": "GatedRepo"} if what in (401, 403) else {}))
+        return found + [{"type": "directory", "path": name, "size": 0, "oid": commit} for name in folders]
 
 
 @contextlib.contextmanager
