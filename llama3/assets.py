@@ -166,8 +166,9 @@ def _hub_trouble(error: Exception) -> str | None:
         return "gated"
     if caused_by(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, DatasetNotFoundError):
         return "not on the hub"
-    if answers := [link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)]:
-        return f"the hub answered {answers[-1]}"
+    answers = [link.response for link in chain if getattr(link, "response", None) is not None]
+    if answers:
+        return f"the hub answered {answers[-1].status_code}"
     if caused_by(errors.LocalEntryNotFoundError, ConnectionError) and not caused_by(ConnectionResetError):
         return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
     # errors.HTTPError is from the hub's HTTP client: requests, httpx or httpx2, whichever its version uses.
