@@ -580,7 +580,7 @@ def generate(args) -> None:
         return generate_text(folder, tokenizer, args.generate, args.max_new_tokens, args.seed, args.precision)
 
     if not args.resume_from:
-        assets.weight_files(args.model_id)  # says in a sentence what is missing
+        assets.weight_files(args.model_id)  # raises a clear error if weights are missing
         print(sample(assets.model_folder(args.model_id), assets.load_tokenizer(args.tokenizer_id)))
         return
     in_save_dir = args.resume_from in ("last", "best")

@@ -61,7 +61,7 @@ def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaCon
         config = LlamaConfig.from_pretrained(folder)
         rope = values.get("rope_parameters")
         if rope and not hasattr(config, "rope_parameters"):
-            # transformers 5 saved it, and transformers 4 does not know this key: it would use theta 10000.
+            # transformers 5 saved the file; transformers 4 ignores this key and would use theta 10000.
             config.rope_theta = rope["rope_theta"]
             config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
     config.architectures = ["LlamaForCausalLM"]
@@ -155,7 +155,7 @@ def _hub_trouble(error: Exception) -> str | None:
     from datasets.exceptions import DatasetNotFoundError
 
     chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
 
     def caused_by(*kinds: type) -> bool:
@@ -171,7 +171,7 @@ def _hub_trouble(error: Exception) -> str | None:
         return f"the hub answered {answers[-1].status_code}"
     if caused_by(errors.LocalEntryNotFoundError, ConnectionError) and not caused_by(ConnectionResetError):
         return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    # errors.HTTPError is from the hub's HTTP client: requests, httpx or httpx2, whichever its version uses.
+    # errors.HTTPError belongs to the client that this huggingface_hub uses: requests, httpx or httpx2.
     return "the connection dropped" if caused_by(errors.HTTPError, ConnectionResetError) else None
 
 
@@ -198,7 +198,7 @@ def _llama3_tokenizer() -> PreTrainedTokenizerFast:
     reserved = [f"<|reserved_special_token_{n}|>" for n in range(251)]
     special = [bos, eos, *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4], "<|eot_id|>"]
     special += reserved[5:]
-    # Early versions of transformers 4 read the second keyword, later ones the first; each ignores the other.
+    # transformers 5 reads the first keyword and 4.48 the second; both ignore the other one.
     converter = TikTokenConverter(str(file), extra_special_tokens=special, additional_special_tokens=special)
     tokenizer = converter.converted()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -252,7 +252,7 @@ def _convert_smollm2(gguf_file: Path, folder: Path) -> None:
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in gguf["tensors"].items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    # transformers' own conversion of this tokenizer splits digits in another way than the model learned.
+    # transformers' own conversion of this tokenizer does not split digits as the model learned them.
     fields = gguf["tokenizer"]
     tokens, merges = fields["tokens"], [tuple(merge.split(" ")) for merge in fields["merges"]]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))

@@ -1,23 +1,22 @@
 """Configuration, tokenizer and weights are right, and what is missing is a sentence with the fix."""
 
-import concurrent.futures
 import json
 import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 from helpers.corpora import real_tokenizer
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from llama3 import assets, presets
 from llama3.assets import AssetError, load_config, load_tokenizer, model_folder, sotu_folder, weight_files
+from llama3.export import generate_text
 
 
 def rope_theta(config) -> float:
-    """From either generation of transformers."""
     return config.rope_parameters["rope_theta"] if hasattr(config, "rope_parameters") else config.rope_theta
 
 
@@ -92,8 +91,7 @@ def test_the_packaged_models_weights_are_the_files_own_bit_for_bit():
 @pytest.mark.slow
 def test_two_processes_that_convert_at_once_do_not_harm_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         first, second = pool.map(model_folder, [presets.SMOLLM2] * 2)
     assert first == second
     assert len(weight_files(presets.SMOLLM2)) == 272
@@ -104,9 +102,7 @@ def test_weights_in_several_files_are_found(tiny, tmp_path):
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="20KB")
     found = weight_files(str(tmp_path))
     assert len(set(found.values())) > 1 and found.keys() == weight_files(str(tiny)).keys()
-    for name, path in found.items():
-        with safe_open(path, "pt") as file:
-            assert name in file.keys()
+    assert all(name in load_file(path) for name, path in found.items())
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(AssetError, match="has no model-00002.*download the model again"):
         weight_files(str(tmp_path))
@@ -140,6 +136,15 @@ def test_a_missing_or_damaged_file_is_a_sentence(tiny, tmp_path, name, content, 
         (folder / name).write_bytes(content)
     with pytest.raises(AssetError, match=words):
         reader(str(folder))
+
+
+def test_text_is_not_generated_from_weights_that_lack_a_parameter(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lack model.norm.weight"):
+        generate_text(folder, load_tokenizer(str(folder)), "a", 1, 0, "fp32")
 
 
 @pytest.mark.parametrize("reader", [load_config, load_tokenizer, weight_files])

@@ -1,6 +1,5 @@
 """Models and data sets come from the hub, and its troubles are sentences: real clients, a hub on loopback."""
 
-import io
 import json
 import math
 import socket
@@ -37,9 +36,9 @@ print(json.dumps(found))
 
 
 def parquet(texts) -> bytes:
-    file = io.BytesIO()
+    file = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": texts}), file)
-    return file.getvalue()
+    return file.getvalue().to_pybytes()
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,6 @@ def sha1(content: bytes) -> str:
 class Hub(BaseHTTPRequestHandler):
     """`repos`: (kind, id, revision) -> {path: bytes}. `trouble`: id -> (HTTP status or "drop", how often)."""
 
-    repos: dict = {}
-    trouble: dict = {}
-    requests: Counter = Counter()
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -91,7 +88,6 @@ def serve(repos, trouble):
     """The address of a hub with these repositories."""
     Hub.repos, Hub.trouble, Hub.requests = repos, trouble, Counter()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
