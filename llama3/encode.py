@@ -1,0 +1,187 @@
+"""Documents -> token ids, and which of them are to be learned."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+
+from llama3.assets import document_separator
+from llama3.sources import BadSample, Document
+
+NO_IDS = np.empty(0, np.int32)
+HIDDEN = re.compile("\ufdd0([0-9]+)\ufdd1")  # stands for a control token's name inside a message
+# A segment is a part of a document: (text, or the id of a control token; whether it is to be learned).
+Segment = tuple[str | int, bool]
+
+
+class EncodeError(ValueError):
+    """A tokenizer that does not fit the text; the message says what to do."""
+
+
+class Encoded(NamedTuple):
+    """Token ids (n,) int32 of a document and which are learned (n,) uint8, None for all; or its problem."""
+
+    ids: np.ndarray
+    mask: np.ndarray | None = None
+    problem: str | None = None
+
+
+class Encoder:
+    """Encodes documents with a tokenizer; what looks like a control token inside a text stays text.
+
+    With `join_tokens`, consecutive texts are joined into documents of at least so many tokens.
+    """
+
+    def __init__(self, tokenizer, join_tokens: int = 0):
+        self.tokenizer = tokenizer
+        self.join_tokens = join_tokens
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.prefix, self.separator = _prefix(self.backend), document_separator(tokenizer)
+        self.control = {
+            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self.control_names = list(self.control)
+        longest_first = map(re.escape, sorted(self.control, key=len, reverse=True))
+        self.control_pattern = re.compile(f"({'|'.join(longest_first)})" if self.control else "(?!)()")
+        self.is_control = np.zeros(1 + max([len(tokenizer), *self.control.values()]), bool)
+        self.is_control[[index for index in self.control.values() if index != tokenizer.unk_token_id]] = True
+        self.chat_checked = False
+
+    def encode(self, documents: Iterable[Document]) -> list[Encoded]:
+        """The tokens of each document; an empty one has none. Raises EncodeError."""
+        problems, segments = [], []
+        for document in documents:
+            if document.problem is None:
+                try:
+                    segments.append(self._segments(document))
+                    continue
+                except BadSample as error:
+                    document = document._replace(problem=str(error))
+            problems.append(Encoded(NO_IDS, problem=f"{document.where}: {document.problem}"))
+        encoded = self._encode(segments)
+        return [*problems, *(self._joined(encoded) if self.join_tokens else encoded)]
+
+    def _segments(self, document: Document) -> list[Segment]:
+        if document.messages:
+            return self.conversation(json.loads(document.messages))
+        if not document.text:
+            return []
+        if self.join_tokens:
+            return [(document.text.strip() + "\n", True)]
+        return [(part, True) for part in (*self.prefix, document.text, self.separator)]
+
+    def _encode(self, documents: list[list[Segment]]) -> Iterator[Encoded]:
+        self.backend.encode_special_tokens = True  # as text; transformers resets this for itself
+        texts = [part for part, _ in chain.from_iterable(documents) if isinstance(part, str)]
+        encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        for segments in documents:
+            parts = [next(encodings).ids if isinstance(part, str) else [part] for part, _ in segments]
+            ids = np.fromiter(chain.from_iterable(parts), np.int32)
+            wanted = sum(isinstance(part, int) and self.is_control[part] for part, _ in segments)
+            if np.count_nonzero(self.is_control[ids]) != wanted:
+                raise EncodeError(
+                    "the tokenizer turns plain text into control tokens: mark its control tokens as special"
+                )
+            learned = np.array([learned for _, learned in segments], np.uint8)
+            yield Encoded(ids, None if learned.all() else np.repeat(learned, list(map(len, parts))))
+
+    def _joined(self, rows: Iterable[Encoded]) -> Iterator[Encoded]:
+        """Consecutive rows as documents of at least `join_tokens`; the last one takes what is left over."""
+        documents: list[list[np.ndarray]] = []
+        length = self.join_tokens  # of the last document
+        for row in rows:
+            if not len(row.ids):
+                yield row
+                continue
+            if length >= self.join_tokens:
+                documents.append([])
+                length = 0
+            documents[-1].append(row.ids)
+            length += len(row.ids)
+        if length < self.join_tokens and len(documents) > 1:
+            documents[-2] += documents.pop()
+        for document in documents:
+            yield Encoded(np.concatenate([self.prefix, *document, [self.separator]]).astype(np.int32))
+
+    # ---- conversations
+
+    def conversation(self, messages: list[dict]) -> list[Segment]:
+        """A conversation in the tokenizer's chat template; of it, assistant turns are learned.
+
+        Raises BadSample where the template refuses it, EncodeError if the tokenizer has no usable template.
+        """
+        if not self.chat_checked:
+            self._check_chat()
+        # A control token's name inside a message must not reach the template as such.
+        hidden = [dict(message, content=self._hide(message["content"])) for message in messages]
+        whole = self._render(hidden)
+        segments, position = [], 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(hidden[:number], add_generation_prompt=True)
+            answered = self._render(hidden[: number + 1])
+            if not (answered.startswith(prompt) and whole.startswith(answered)):
+                raise BadSample(
+                    "the chat template does not write turn after turn: what is to be learned cannot be told"
+                )
+            ends = [match.end() for match in self.control_pattern.finditer(answered, len(prompt))]
+            end = ends[-1] if ends else len(answered)  # what follows the end of the turn is not learned
+            segments += self._split(whole[position : len(prompt)], False)
+            segments += self._split(whole[len(prompt) : end], True)
+            position = end
+        return segments + self._split(whole[position:], False)
+
+    def _render(self, messages: list[dict], **options) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except (TemplateError, TypeError) as error:
+            raise BadSample(f"the chat template refuses it: {error}") from error
+
+    def _hide(self, text: str) -> str:
+        if "\ufdd0" in text or "\ufdd1" in text:
+            raise BadSample("a turn has U+FDD0 or U+FDD1 in it, which are no characters")
+        return self.control_pattern.sub(
+            lambda match: f"\ufdd0{self.control_names.index(match[0])}\ufdd1", text
+        )
+
+    def _split(self, rendered: str, learned: bool) -> list[Segment]:
+        """Rendered text as control tokens and the text between them; hidden names are put back as text."""
+        parts = [part for part in self.control_pattern.split(rendered) if part]
+        return [
+            (self.control[part] if part in self.control else self._shown(part), learned) for part in parts
+        ]
+
+    def _shown(self, text: str) -> str:
+        return HIDDEN.sub(lambda match: self.control_names[int(match[1])], text)
+
+    def _check_chat(self) -> None:
+        """Segments are encoded apart: raise EncodeError if a text's tokens depend on what is around it."""
+        if not self.tokenizer.chat_template:
+            raise EncodeError(
+                "these are conversations, but the tokenizer has no chat template: "
+                "name an Instruct model's --tokenizer_id"
+            )
+        self.chat_checked = True
+        messages = [dict(role="user", content="Is it so?"), dict(role="assistant", content="It is.")]
+        (encoded,) = self._encode([self.conversation(messages)])
+        whole = self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
+        if encoded.ids.tolist() != whole:
+            raise EncodeError(
+                "this tokenizer's text depends on the control tokens around it: "
+                "use a byte-level one, such as Llama 3's"
+            )
+
+
+def _prefix(backend) -> list[int]:
+    """The ids that the tokenizer puts before a text, such as <|begin_of_text|>."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    places = (place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
+    return whole[: next(places, 0)]

@@ -1,0 +1,176 @@
+"""A source -> tokenized shards on disk, by several processes; a shard is written once and kept.
+
+The source is read into blocks of documents, so that a shard holds as much text as another.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+from datasets import Dataset, Features, Sequence, Value
+from datasets.utils import tqdm
+
+from llama3.encode import EncodeError, Encoder
+from llama3.sources import Document, read_files, read_rows
+
+BLOCK_BYTES = 1 << 20  # of text tokenized at once
+MAX_SHARDS = 64  # a kill loses what the processes have done of one shard each
+BLOCK = Features({name: Sequence(Value("string")) for name in Document._fields})
+TOKENIZED = Features(
+    {
+        "input_ids": Sequence(Value("int32")),
+        "loss_mask": Sequence(Value("uint8")),  # empty if all documents of the block are learned whole
+        "key": Value("int64"),  # hash of the ids and the seed, which decides the split
+        "problem": Value("string"),  # of a document that cannot be used and has no ids
+    }
+)
+
+
+class Job(NamedTuple):
+    """What a tokenizing process needs: `read` turns a row of `blocks` into documents."""
+
+    blocks: Dataset
+    read: Callable[[dict], Iterable[Document]]
+    encoder: Encoder
+    seed: int
+    shards: list[Path]
+
+
+def file_blocks(paths: list[Path], text_column: str | None, folder: Path):
+    """(blocks, function that reads a block) of files; the blocks are written below `folder`, once."""
+    options = dict(paths=tuple(map(str, paths)), text_column=text_column, block_bytes=BLOCK_BYTES)
+    return generated(_blocks, folder, 1, BLOCK, **options), _documents
+
+
+def hub_blocks(rows: Dataset, name: str, text_column: str | None, join_tokens: int):
+    """(blocks, function that reads a block) of a hub data set; a block is a range of rows."""
+    size = max(BLOCK_BYTES, 16 * join_tokens)  # rows are joined inside a block: it holds several documents
+    step = 1 + size * len(rows) // max(size, rows.data.nbytes)
+    first = list(range(0, max(1, len(rows) - step + 1), step))  # the last block takes the rest
+    blocks = Dataset.from_dict({"first": first, "end": [*first[1:], len(rows)]})
+    rows = rows.with_format("arrow")
+    return blocks, lambda block: read_rows(
+        rows[block["first"] : block["end"]], name, block["first"] + 1, text_column
+    )
+
+
+def generated(generator, folder: Path, batch: int, features: Features | None = None, **options) -> Dataset:
+    """Dataset.from_generator, written so many rows at a time; raises the generator's or the disk's error."""
+    try:
+        return Dataset.from_generator(
+            generator, features, cache_dir=str(folder), gen_kwargs=options, writer_batch_size=batch
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+
+
+def _blocks(paths: tuple[str, ...], text_column: str | None, block_bytes: int) -> Iterator[dict]:
+    block, size = [], 0
+    for document in read_files(paths, text_column):
+        block.append(document)
+        size += len(document.text or document.messages or "") + len(document.where)
+        if size >= block_bytes:
+            yield _columns(block)
+            block, size = [], 0
+    yield _columns(block)
+
+
+def _columns(block: list[Document]) -> dict:
+    return {name: [getattr(document, name) for document in block] for name in Document._fields}
+
+
+def _documents(block: dict) -> Iterable[Document]:
+    return map(Document, *(block[name] for name in Document._fields))
+
+
+def tokenize(job: Job, num_proc: int) -> None:
+    """Write the shards that are missing, in `num_proc` processes. Raises EncodeError."""
+    todo = [index for index, shard in enumerate(job.shards) if not shard.exists()]
+    if len(job.shards) == 1:  # little text: starting processes would take longer
+        for index in todo:
+            _tokenize_shard(job, index)
+        return
+    fork = multiprocessing.get_context("fork")  # so that a worker has the job at once, whatever it holds
+    with ProcessPoolExecutor(num_proc, fork, _begin_worker, (job,)) as pool:
+        running = [pool.submit(_work, index) for index in todo]
+        done = len(job.shards) - len(todo)
+        bar = tqdm(as_completed(running), "tokenizing", len(job.shards), initial=done, unit="shard")
+        try:
+            for future in bar:
+                future.result()
+        except BrokenProcessPool as error:
+            raise EncodeError(
+                "a tokenizing process was killed, most likely for want of memory; "
+                "start again: what is done is kept"
+            ) from error
+        except BaseException:
+            for worker in multiprocessing.active_children():  # else they would finish all shards first
+                worker.kill()
+            raise
+
+
+def _begin_worker(job: Job) -> None:
+    global _job
+    _job = job
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # The pool ends its workers by SIGTERM, and would wait for ever for one with the parent's handler.
+        signal.signal(number, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    datasets.disable_progress_bars()
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when its parent has ended: it would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(index: int) -> None:
+    _tokenize_shard(_job, index)
+
+
+def _tokenize_shard(job: Job, index: int) -> None:
+    """Write a shard to a temporary file that `map` renames when it is whole."""
+    blocks = job.blocks.shard(len(job.shards), index, contiguous=True)
+    blocks.map(
+        functools.partial(_tokenize_block, job),
+        batched=True,
+        batch_size=1,
+        remove_columns=blocks.column_names,
+        features=TOKENIZED,
+        cache_file_name=str(job.shards[index]),
+        new_fingerprint=f"shard-{index}",  # else the tokenizer would be hashed, which takes seconds
+        desc="tokenizing",
+    )
+
+
+def _tokenize_block(job: Job, batch) -> pa.Table:
+    block = {name: values[0] for name, values in batch.items()}
+    encoded = job.encoder.encode(job.read(block))
+    ids = [document.ids for document in encoded]
+    masks = [document.mask for document in encoded]
+    if all(mask is None for mask in masks):
+        masks = [np.empty(0, np.uint8)] * len(ids)
+    else:
+        masks = [np.ones(len(i), np.uint8) if m is None else m for i, m in zip(ids, masks, strict=True)]
+    columns = {
+        "input_ids": ids,
+        "loss_mask": masks,
+        "key": [xxhash.xxh64_intdigest(i, job.seed) >> 1 for i in ids],
+        "problem": [document.problem for document in encoded],
+    }
+    return pa.table(columns, TOKENIZED.arrow_schema)
