@@ -105,7 +105,8 @@ class Encoder:
             documents[-1].append(row.ids)
             length += len(row.ids)
         if length < self.join_tokens and len(documents) > 1:
-            documents[-2] += documents.pop()
+            rest = documents.pop()
+            documents[-1] += rest
         for document in documents:
             yield Encoded(np.concatenate([self.prefix, *document, [self.separator]]).astype(np.int32))
 

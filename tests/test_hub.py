@@ -29,7 +29,7 @@ for name, (kind, what) in json.loads(sys.argv[1]).items():
         elif kind == "tokenizer":
             found[name] = len(assets.load_tokenizer(what))
         else:
-            found[name] = len(sources._load_from_hub(what))
+            found[name] = len(sources.load_from_hub(what))
     except ValueError as error:
         found[name] = str(error)
 print(json.dumps(found))
