@@ -67,7 +67,7 @@ def prepare(
     )
     work = target.with_name(target.name + ".preparing")
     if work.exists() or not _already_prepared(target, settings):
-        with _only_one(work):
+        with _only_one(work) as lock_file:
             if not _already_prepared(target, settings):  # else another process did it while this one waited
                 job = _plan(dataset_id, files, tokenizer, settings, work)
                 shards.tokenize(job, num_proc or _cores())
@@ -76,6 +76,7 @@ def prepare(
                 _publish(_pack(job.shards, index, dataset_id, settings), target)
                 print(summary(target, tokenizer))
             shutil.rmtree(work, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)  # a process that still waits for it finds the data in place
     return target
 
 
@@ -162,7 +163,7 @@ def _plan(dataset_id: str, files: list[Path] | None, tokenizer, settings: dict, 
     rows = None if files else sources.load_from_hub(dataset_id, settings["text_column"])
     key = _hash([settings, rows and rows._fingerprint, datasets.__version__])
     for stale in work.iterdir():
-        if stale.is_dir() and stale.name != key:
+        if stale.name != key:
             shutil.rmtree(stale)
     join_tokens = 0
     if rows is None:
@@ -395,11 +396,11 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _only_one(work: Path):
-    """Make the folder `work` and lock it, waiting for another process that has it."""
+def _only_one(work: Path) -> Iterator[Path]:
+    """Make the folder `work` and lock it, waiting for another process that has it; gives the lock's file."""
+    lock = FileLock(work.with_name(work.name + ".lock"))
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / "lock")  # removed with the folder, when the data are in place
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -408,6 +409,6 @@ def _only_one(work: Path):
     except OSError as error:
         raise DataError(f"{work} cannot be made ({error}): choose another --dataset_path") from error
     try:
-        yield
+        yield Path(lock.lock_file)
     finally:
         lock.release()

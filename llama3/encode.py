@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ from jinja2 import TemplateError
 from llama3.assets import document_separator
 from llama3.sources import BadSample, Document
 
-NO_IDS = np.empty(0, np.int32)
 HIDDEN = re.compile("\ufdd0([0-9]+)\ufdd1")  # stands for a control token's name inside a message
 # A segment is a part of a document: (text, or the id of a control token; whether it is to be learned).
 Segment = tuple[str | int, bool]
@@ -23,11 +22,12 @@ class EncodeError(ValueError):
 
 
 class Encoded(NamedTuple):
-    """Token ids (n,) int32 of a document and which are learned (n,) uint8, None for all; or its problem."""
+    """Documents end to end, and the places and problems of those that cannot be used."""
 
-    ids: np.ndarray
-    mask: np.ndarray | None = None
-    problem: str | None = None
+    ids: np.ndarray  # (tokens,) int32
+    mask: np.ndarray | None  # (tokens,) uint8, 1 where a token is learned; None if all are
+    lengths: np.ndarray  # (documents,) int64, 0 for an empty one
+    problems: list[str]
 
 
 class Encoder:
@@ -53,19 +53,20 @@ class Encoder:
         self.is_control[[index for index in self.control.values() if index != tokenizer.unk_token_id]] = True
         self.chat_checked = False
 
-    def encode(self, documents: Iterable[Document]) -> list[Encoded]:
-        """The tokens of each document; an empty one has none. Raises EncodeError."""
-        problems, segments = [], []
+    def encode(self, documents: Iterable[Document]) -> Encoded:
+        """Raises EncodeError where tokenizer and text do not go together."""
+        segments, problems = [], []
         for document in documents:
-            if document.problem is None:
-                try:
-                    segments.append(self._segments(document))
-                    continue
-                except BadSample as error:
-                    document = document._replace(problem=str(error))
-            problems.append(Encoded(NO_IDS, problem=f"{document.where}: {document.problem}"))
-        encoded = self._encode(segments)
-        return [*problems, *(self._joined(encoded) if self.join_tokens else encoded)]
+            try:
+                if document.problem:
+                    raise BadSample(document.problem)
+                segments.append(self._segments(document))
+            except BadSample as error:
+                problems.append(f"{document.where}: {error}")
+        ids, mask, lengths = self._encode(segments)
+        if self.join_tokens:
+            ids, lengths = self._joined(ids, lengths)
+        return Encoded(ids, mask, lengths, problems)
 
     def _segments(self, document: Document) -> list[Segment]:
         if document.messages:
@@ -76,39 +77,39 @@ class Encoder:
             return [(document.text.strip() + "\n", True)]
         return [(part, True) for part in (*self.prefix, document.text, self.separator)]
 
-    def _encode(self, documents: list[list[Segment]]) -> Iterator[Encoded]:
+    def _encode(self, documents: list[list[Segment]]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Ids, mask and lengths of documents, as in Encoded."""
+        segments = list(chain.from_iterable(documents))
         self.backend.encode_special_tokens = True  # as text; transformers resets this for itself
-        texts = [part for part, _ in chain.from_iterable(documents) if isinstance(part, str)]
+        texts = [content for content, _ in segments if isinstance(content, str)]
         encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
-        for segments in documents:
-            parts = [next(encodings).ids if isinstance(part, str) else [part] for part, _ in segments]
-            ids = np.fromiter(chain.from_iterable(parts), np.int32)
-            wanted = sum(isinstance(part, int) and self.is_control[part] for part, _ in segments)
-            if np.count_nonzero(self.is_control[ids]) != wanted:
-                raise EncodeError(
-                    "the tokenizer turns plain text into control tokens: mark its control tokens as special"
-                )
-            learned = np.array([learned for _, learned in segments], np.uint8)
-            yield Encoded(ids, None if learned.all() else np.repeat(learned, list(map(len, parts))))
+        parts = [next(encodings).ids if isinstance(content, str) else (content,) for content, _ in segments]
+        ids = np.fromiter(chain.from_iterable(parts), np.int32)
+        wanted = [content for content, _ in segments if isinstance(content, int)]
+        if np.count_nonzero(self.is_control[ids]) != np.count_nonzero(self.is_control[wanted]):
+            raise EncodeError(
+                "the tokenizer turns plain text into control tokens: mark its control tokens as special"
+            )
+        learned, ends = (
+            np.array([learned for _, learned in segments], np.uint8),
+            np.zeros(len(parts) + 1, int),
+        )
+        np.cumsum([len(part) for part in parts], out=ends[1:])
+        lengths = np.diff(ends[np.cumsum([0, *map(len, documents)])])
+        return ids, None if learned.all() else np.repeat(learned, np.diff(ends)), lengths
 
-    def _joined(self, rows: Iterable[Encoded]) -> Iterator[Encoded]:
+    def _joined(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Consecutive rows as documents of at least `join_tokens`; the last one takes what is left over."""
-        documents: list[list[np.ndarray]] = []
-        length = self.join_tokens  # of the last document
-        for row in rows:
-            if not len(row.ids):
-                yield row
-                continue
-            if length >= self.join_tokens:
-                documents.append([])
-                length = 0
-            documents[-1].append(row.ids)
-            length += len(row.ids)
-        if length < self.join_tokens and len(documents) > 1:
-            rest = documents.pop()
-            documents[-1] += rest
-        for document in documents:
-            yield Encoded(np.concatenate([self.prefix, *document, [self.separator]]).astype(np.int32))
+        ends, cuts = np.cumsum(lengths), [0]
+        while (row := np.searchsorted(ends, cuts[-1] + self.join_tokens)) < len(ends):
+            cuts.append(int(ends[row]))
+        cuts = [*cuts[: max(1, len(cuts) - 1)], len(ids)] if len(ids) else [0]
+        documents = [
+            np.concatenate([self.prefix, ids[begin:end], [self.separator]])
+            for begin, end in zip(cuts, cuts[1:], strict=False)
+        ]
+        joined = np.concatenate([ids[:0], *documents]).astype(np.int32)
+        return joined, np.array([*map(len, documents), *lengths[lengths == 0]], np.int64)
 
     # ---- conversations
 
@@ -171,9 +172,9 @@ class Encoder:
             )
         self.chat_checked = True
         messages = [dict(role="user", content="Is it so?"), dict(role="assistant", content="It is.")]
-        (encoded,) = self._encode([self.conversation(messages)])
+        ids, _, _ = self._encode([self.conversation(messages)])
         whole = self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
-        if encoded.ids.tolist() != whole:
+        if ids.tolist() != whole:
             raise EncodeError(
                 "this tokenizer's text depends on the control tokens around it: "
                 "use a byte-level one, such as Llama 3's"

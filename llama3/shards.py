@@ -161,16 +161,14 @@ def _tokenize_shard(job: Job, index: int) -> None:
 def _tokenize_block(job: Job, batch) -> pa.Table:
     block = {name: values[0] for name, values in batch.items()}
     encoded = job.encoder.encode(job.read(block))
-    ids = [document.ids for document in encoded]
-    masks = [document.mask for document in encoded]
-    if all(mask is None for mask in masks):
-        masks = [np.empty(0, np.uint8)] * len(ids)
-    else:
-        masks = [np.ones(len(i), np.uint8) if m is None else m for i, m in zip(ids, masks, strict=True)]
+    unusable = len(encoded.problems)
+    ends = np.cumsum(np.concatenate([[0], encoded.lengths, np.zeros(unusable, int)]), dtype=np.int32)
+    mask, mask_ends = (np.empty(0, np.uint8), 0 * ends) if encoded.mask is None else (encoded.mask, ends)
+    texts = (encoded.ids[begin:end] for begin, end in zip(ends, ends[1:], strict=False))
     columns = {
-        "input_ids": ids,
-        "loss_mask": masks,
-        "key": [xxhash.xxh64_intdigest(i, job.seed) >> 1 for i in ids],
-        "problem": [document.problem for document in encoded],
+        "input_ids": pa.ListArray.from_arrays(ends, encoded.ids),
+        "loss_mask": pa.ListArray.from_arrays(mask_ends, mask),
+        "key": [xxhash.xxh64_intdigest(text, job.seed) >> 1 for text in texts],
+        "problem": [None] * len(encoded.lengths) + encoded.problems,
     }
     return pa.table(columns, TOKENIZED.arrow_schema)

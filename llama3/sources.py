@@ -121,11 +121,12 @@ def _document(where: str, record: bytes | dict, text_column: str | None) -> Docu
             record = json.loads(record.decode())
         if not isinstance(record, dict):
             raise BadSample(f"a JSON {type(record).__name__}, where an object is needed")
-        if text_column is None and "messages" not in record and {"prompt", "completion"} <= record.keys():
-            turns = (("user", record["prompt"]), ("assistant", record["completion"]))
-            record = {"messages": [dict(role=role, content=content) for role, content in turns]}
         if text_column is None and "messages" in record:
             return Document(where, messages=json.dumps(_checked_messages(record["messages"])))
+        if text_column is None and "prompt" in record and "completion" in record:
+            turns = (("user", record["prompt"]), ("assistant", record["completion"]))
+            messages = [dict(role=role, content=content) for role, content in turns]
+            return Document(where, messages=json.dumps(_checked_messages(messages)))
         column = text_column or "text"
         if column not in record:
             raise BadSample(_no_column(column, record))

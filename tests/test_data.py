@@ -317,7 +317,7 @@ def test_text_cannot_inject_control_tokens(name):
     control = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     text = "a" + "".join(token.content + " b" for token in control) + "<|im_start|>system\n<|eot_id|>"
     encoder = Encoder(tokenizer)
-    ((ids, _, _),) = encoder.encode([Document("here", text)])
+    ids = encoder.encode([Document("here", text)]).ids
     assert (
         np.isin(ids, list(tokenizer.added_tokens_decoder)).sum() == len(encoder.prefix) + 1
     )  # the separator
@@ -327,14 +327,14 @@ def test_text_cannot_inject_control_tokens(name):
 @pytest.mark.parametrize("name, beginning, end", [("llama3", [128000], 128001), ("smollm2-135m", [], 0)])
 def test_a_document_has_the_tokenizers_beginning_and_the_separator_by_name(name, beginning, end):
     tokenizer, text = real_tokenizer(name), "My fellow citizens"
-    ((ids, _, _),) = Encoder(tokenizer).encode([Document("here", text)])
+    ids = Encoder(tokenizer).encode([Document("here", text)]).ids
     assert ids.tolist() == beginning + tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
 
 
 def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
     sentences = make_texts(500, most=12)
     encoded = Encoder(tokenizer, join_tokens=T).encode([Document("here", text) for text in sentences])
-    found = [ids.tolist() for ids, _, _ in encoded]
+    found = [ids.tolist() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
     assert len(found) > 20 and all(T < len(ids) < 3 * T for ids in found)
     assert all(ids.count(0) == 1 and ids[-1] == 0 for ids in found)
     assert tokenizer.decode(sum((ids[:-1] for ids in found), [])) == "".join(s + "\n" for s in sentences)

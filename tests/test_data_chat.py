@@ -31,7 +31,7 @@ def chat(*turns) -> list[dict]:
 
 def encoded(tokenizer, messages):
     """(ids, text that is learned, with its control tokens, mask) of a conversation."""
-    (document,) = Encoder(tokenizer).encode([Document("here", messages=json.dumps(messages))])
+    document = Encoder(tokenizer).encode([Document("here", messages=json.dumps(messages))])
     ids, mask = document.ids.tolist(), document.mask.tolist()
     learned = [tokenizer.decode([index]) for index, target in zip(ids, mask, strict=True) if target]
     return ids, learned, mask
@@ -113,9 +113,8 @@ def test_a_message_cannot_inject_a_turn(tokenizer, attack):
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_name_of_the_sample():
     forgetful = CHATML.replace("message['content']", "(message['content'] if loop.last else '...')")
     document = Document("a.jsonl:7", messages=json.dumps(chat("a", "b", "c", "d")))
-    (bad,) = Encoder(small_tokenizer(forgetful)).encode([document])
-    assert bad.problem.startswith("a.jsonl:7: the chat template does not write turn after turn")
-    assert not len(bad.ids)
+    ids, _, _, (problem,) = Encoder(small_tokenizer(forgetful)).encode([document])
+    assert problem.startswith("a.jsonl:7: the chat template does not write turn after turn") and not len(ids)
 
 
 def test_a_templates_own_complaint_is_passed_on():
