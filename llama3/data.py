@@ -171,7 +171,7 @@ def _plan(dataset_id: str, files: list[Path] | None, tokenizer, settings: dict, 
     else:
         join_tokens = settings["max_seq_len"] if dataset_id in sources.BOOKCORPUS else 0
         blocks, read = shards.hub_blocks(rows, dataset_id, settings["text_column"], join_tokens)
-    names = [f"{number:02}.arrow" for number in range(min(shards.MAX_SHARDS, len(blocks)))]
+    names = [f"{number:04}.arrow" for number in range(min(shards.MAX_SHARDS, len(blocks)))]
     paths = [work / key / "shards" / name for name in names]
     return shards.Job(blocks, read, Encoder(tokenizer, join_tokens), settings["seed"] % 2**64, paths)
 
@@ -236,10 +236,7 @@ def _pack(paths: list[Path], index: Index, dataset_id: str, settings: dict) -> P
     T, folder = settings["max_seq_len"], paths[0].parent.parent
     bound = _held_out_below(index, T, settings["validation_fraction"])
     options = dict(paths=tuple(map(str, paths)), T=T, bound=bound, masked=index.masked)
-    splits, rows_at_once = DatasetDict(), 1 + (1 << 20) // T
-    counts: dict = {
-        name: {} for name in ("documents", "samples", "tokens", "dropped_tokens", "target_tokens")
-    }
+    splits, counts, rows_at_once = DatasetDict(), {}, 1 + (1 << 20) // T
     for split, chosen in (("train", index.keys >= bound), ("validation", index.keys < bound)):
         samples, dropped = divmod(int(index.lengths[chosen].sum()), T)
         if samples:
@@ -247,9 +244,8 @@ def _pack(paths: list[Path], index: Index, dataset_id: str, settings: dict) -> P
         else:
             splits[split] = splits["train"].select([])
         targets = _reduce(pc.sum, splits[split], "loss_mask") if index.masked else samples * T
-        of_split = (int(chosen.sum()), samples, samples * T, dropped, targets)
-        for name, count in zip(counts, of_split, strict=True):
-            counts[name][split] = count
+        counts[split] = dict(documents=int(chosen.sum()), samples=samples, tokens=samples * T)
+        counts[split] |= dict(dropped_tokens=dropped, target_tokens=targets)
     shutil.rmtree(folder / "result", ignore_errors=True)
     files = {split: 1 + rows.data.nbytes // FILE_BYTES for split, rows in splits.items()}
     splits.save_to_disk(str(folder / "result"), num_shards=files)
@@ -258,7 +254,7 @@ def _pack(paths: list[Path], index: Index, dataset_id: str, settings: dict) -> P
         settings=settings,
         dataset_id=dataset_id,
         datasets=datasets.__version__,
-        **counts,
+        **{name: {split: counts[split][name] for split in counts} for name in counts["train"]},
         documents_by_length={f"{2**n // 2}-{2**n - 1}": int(count) for n, count in enumerate(bins) if count},
         empty_samples=index.empty_samples,
         bad_samples=index.bad_samples,
@@ -285,9 +281,8 @@ def _samples(paths: tuple[str, ...], T: int, bound: int, masked: bool, split: st
         ids = np.concatenate([ids, batch["input_ids"].flatten().to_numpy()[tokens]])
         if masked:
             learned = batch["loss_mask"].flatten().to_numpy()
-            mask = np.concatenate(
-                [mask, (learned if len(learned) else np.ones(len(tokens), np.uint8))[tokens]]
-            )
+            learned = learned if len(learned) else np.ones(len(tokens), np.uint8)
+            mask = np.concatenate([mask, learned[tokens]])
         whole = len(ids) // T * T
         for begin in range(0, whole, T):
             here = starts[(starts >= begin) & (starts < begin + T)] - begin
@@ -359,10 +354,9 @@ def summary(path: Path, tokenizer) -> str:
         )
         counts = f"{documents:>12,} documents {tokens:>15,} tokens {samples:>10,} samples {dropped:>8,}"
         lines.append(f"  {split:<10} {counts} tokens dropped at the end")
-    left_out = (
-        f"{facts['empty_samples']:,} empty samples skipped, {facts['bad_samples']:,} bad samples left out"
-    )
-    lines += [f"  {left_out}", "  documents by length in tokens:"]
+    empty, bad = facts["empty_samples"], facts["bad_samples"]
+    lines.append(f"  {empty:,} empty samples skipped, {bad:,} bad samples left out")
+    lines.append("  documents by length in tokens:")
     most = max(facts["documents_by_length"].values())
     for name, count in facts["documents_by_length"].items():
         lines.append(f"    {name:>17} {count:>12,} {'#' * max(1, round(40 * count / most))}")

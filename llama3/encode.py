@@ -42,7 +42,9 @@ class Encoder:
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.prefix, self.separator = _prefix(self.backend), document_separator(tokenizer)
+        first = tokenizer("a")["input_ids"][0]
+        self.prefix = [first] if first == tokenizer.bos_token_id else []  # <|begin_of_text|>
+        self.separator = document_separator(tokenizer)
         self.control = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -156,12 +158,8 @@ class Encoder:
     def _split(self, rendered: str, learned: bool) -> list[Segment]:
         """Rendered text as control tokens and the text between them; hidden names are put back as text."""
         parts = [part for part in self.control_pattern.split(rendered) if part]
-        return [
-            (self.control[part] if part in self.control else self._shown(part), learned) for part in parts
-        ]
-
-    def _shown(self, text: str) -> str:
-        return HIDDEN.sub(lambda match: self.control_names[int(match[1])], text)
+        texts = [HIDDEN.sub(lambda match: self.control_names[int(match[1])], part) for part in parts]
+        return [(self.control.get(part, text), learned) for part, text in zip(parts, texts, strict=True)]
 
     def _check_chat(self) -> None:
         """Segments are encoded apart: raise EncodeError if a text's tokens depend on what is around it."""
@@ -179,11 +177,3 @@ class Encoder:
                 "this tokenizer's text depends on the control tokens around it: "
                 "use a byte-level one, such as Llama 3's"
             )
-
-
-def _prefix(backend) -> list[int]:
-    """The ids that the tokenizer puts before a text, such as <|begin_of_text|>."""
-    plain = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    places = (place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
-    return whole[: next(places, 0)]

@@ -26,7 +26,7 @@ from llama3.encode import EncodeError, Encoder
 from llama3.sources import Document, read_files, read_rows
 
 BLOCK_BYTES = 1 << 20  # of text tokenized at once
-MAX_SHARDS = 64  # a kill loses what the processes have done of one shard each
+MAX_SHARDS = 1024  # a kill loses a shard a process, so that there are many, though not of less than a block
 BLOCK = Features({name: Sequence(Value("string")) for name in Document._fields})
 TOKENIZED = Features(
     {
@@ -51,7 +51,8 @@ class Job(NamedTuple):
 def file_blocks(paths: list[Path], text_column: str | None, folder: Path):
     """(blocks, function that reads a block) of files; the blocks are written below `folder`, once."""
     options = dict(paths=tuple(map(str, paths)), text_column=text_column, block_bytes=BLOCK_BYTES)
-    return generated(_blocks, folder, 1, BLOCK, **options), _documents
+    blocks = generated(_blocks, folder, 1, BLOCK, **options)
+    return blocks, lambda block: map(Document, *(block[name] for name in Document._fields))
 
 
 def hub_blocks(rows: Dataset, name: str, text_column: str | None, join_tokens: int):
@@ -89,10 +90,6 @@ def _blocks(paths: tuple[str, ...], text_column: str | None, block_bytes: int) -
 
 def _columns(block: list[Document]) -> dict:
     return {name: [getattr(document, name) for document in block] for name in Document._fields}
-
-
-def _documents(block: dict) -> Iterable[Document]:
-    return map(Document, *(block[name] for name in Document._fields))
 
 
 def tokenize(job: Job, num_proc: int) -> None:

@@ -51,10 +51,8 @@ def read_files(paths: Iterable[str], text_column: str | None) -> Iterator[Docume
         try:
             with io.BufferedReader(pa.input_stream(str(path), codec)) if codec else open(path, "rb") as file:
                 yield from READERS[_kind(path)](file, str(path), text_column)
-        except BadSample as error:
-            yield Document(str(path), problem=str(error))
-        except (OSError, pa.ArrowException) as error:
-            yield Document(str(path), problem=f"cannot be read: {error}")
+        except (OSError, pa.ArrowException, BadSample) as error:
+            yield Document(str(path), problem=_problem(error))
 
 
 def _read_text(file, path: str, text_column: str | None) -> Iterator[Document]:
@@ -64,7 +62,7 @@ def _read_text(file, path: str, text_column: str | None) -> Iterator[Document]:
         yield _document(f"{path}:1", {"text": data.decode()}, None)
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
-        yield Document(f"{path}:{line}", problem=_not_utf8(error))
+        yield Document(f"{path}:{line}", problem=_problem(error))
 
 
 def _read_lines(file, path: str, text_column: str | None) -> Iterator[Document]:
@@ -102,7 +100,7 @@ def read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_colu
         records = table.to_pylist()
     except UnicodeDecodeError as error:
         if len(table) == 1:
-            yield Document(f"{name} row {first}", problem=_not_utf8(error))
+            yield Document(f"{name} row {first}", problem=_problem(error))
         else:
             for row in range(len(table)):
                 yield from read_rows(table.slice(row, 1), name, first + row, text_column)
@@ -134,12 +132,8 @@ def _document(where: str, record: bytes | dict, text_column: str | None) -> Docu
         if text is None or (isinstance(text, str) and not text.strip()):
             return Document(where)
         return Document(where, _checked_text(text, f"column {column!r}"))
-    except BadSample as error:
-        return Document(where, problem=str(error))
-    except UnicodeDecodeError as error:
-        return Document(where, problem=_not_utf8(error))
     except (ValueError, RecursionError) as error:
-        return Document(where, problem=f"not JSON: {error}")
+        return Document(where, problem=_problem(error))
 
 
 def _checked_messages(messages) -> list[dict]:
@@ -176,8 +170,13 @@ def _checked_text(text, what: str) -> str:
     return text
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); save it as UTF-8"
+def _problem(error: Exception) -> str:
+    if isinstance(error, BadSample):
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); save it as UTF-8"
+    what = "cannot be read" if isinstance(error, (OSError, pa.ArrowException)) else "not JSON"
+    return f"{what}: {error}"
 
 
 def _text_columns(names: list[str], text_column: str | None) -> list[str]:
