@@ -69,11 +69,10 @@ def prepare(
     if work.exists() or not _already_prepared(target, settings):
         with _only_one(work) as lock_file:
             if not _already_prepared(target, settings):  # else another process did it while this one waited
-                job = _plan(dataset_id, files, tokenizer, settings, work)
-                shards.tokenize(job, num_proc or _cores())
-                index = _index(job.shards)
+                paths = _tokenize(dataset_id, files, tokenizer, settings, work, num_proc or _cores())
+                index = _index(paths)
                 _check(index, dataset_id, max_seq_len, skip_bad_samples)
-                _publish(_pack(job.shards, index, dataset_id, settings), target)
+                _publish(_pack(paths, index, dataset_id, settings), target)
                 print(summary(target, tokenizer))
             shutil.rmtree(work, ignore_errors=True)
             lock_file.unlink(missing_ok=True)  # a process that still waits for it finds the data in place
@@ -158,22 +157,24 @@ class Collator:
 # ---- from a source to samples
 
 
-def _plan(dataset_id: str, files: list[Path] | None, tokenizer, settings: dict, work: Path) -> shards.Job:
-    """Read the source into blocks, and name its shards, in a folder of `work` for these settings alone."""
-    rows = None if files else sources.load_from_hub(dataset_id, settings["text_column"])
+def _tokenize(dataset_id: str, files, tokenizer, settings: dict, work: Path, num_proc: int) -> list[Path]:
+    """The tokenized shards of a source, in a folder of `work` that these settings alone use."""
+    T, text_column = settings["max_seq_len"], settings["text_column"]
+    rows = None if files else sources.load_from_hub(dataset_id, text_column)
     key = _hash([settings, rows and rows._fingerprint, datasets.__version__])
     for stale in work.iterdir():
         if stale.name != key:
             shutil.rmtree(stale)
-    join_tokens = 0
+    join_tokens = T if rows and dataset_id in sources.BOOKCORPUS else 0
     if rows is None:
-        blocks, read = shards.file_blocks(files, settings["text_column"], work / key)
+        blocks, read = shards.file_blocks(files, text_column, work / key)
     else:
-        join_tokens = settings["max_seq_len"] if dataset_id in sources.BOOKCORPUS else 0
-        blocks, read = shards.hub_blocks(rows, dataset_id, settings["text_column"], join_tokens)
-    names = [f"{number:04}.arrow" for number in range(min(shards.MAX_SHARDS, len(blocks)))]
-    paths = [work / key / "shards" / name for name in names]
-    return shards.Job(blocks, read, Encoder(tokenizer, join_tokens), settings["seed"] % 2**64, paths)
+        blocks, read = shards.hub_blocks(rows, dataset_id, text_column, join_tokens)
+    encoder = Encoder(tokenizer, join_tokens)
+    count = min(shards.MAX_SHARDS, len(blocks))
+    paths = [work / key / "shards" / f"{number:04}.arrow" for number in range(count)]
+    shards.tokenize(blocks, lambda block: encoder.encode(read(block)), settings["seed"], paths, num_proc)
+    return paths
 
 
 class Index(NamedTuple):
@@ -194,7 +195,7 @@ def _index(paths: list[Path]) -> Index:
         problems = table["problem"].drop_null()
         keys.append(table["key"].to_numpy()[length > 0])
         lengths.append(length[length > 0])
-        masked |= bool(pc.max(pc.list_value_length(table["loss_mask"])).as_py())
+        masked |= pc.min(pc.list_flatten(table["loss_mask"])).as_py() == 0
         empty += int((length == 0).sum()) - len(problems)
         bad += len(problems)
         examples += problems[: 5 - len(examples)].to_pylist()
@@ -279,19 +280,13 @@ def _samples(paths: tuple[str, ...], T: int, bound: int, masked: bool, split: st
         lengths = lengths[chosen & (lengths > 0)]
         starts = np.concatenate([starts, len(ids) + np.cumsum(lengths) - lengths])
         ids = np.concatenate([ids, batch["input_ids"].flatten().to_numpy()[tokens]])
-        if masked:
-            learned = batch["loss_mask"].flatten().to_numpy()
-            learned = learned if len(learned) else np.ones(len(tokens), np.uint8)
-            mask = np.concatenate([mask, learned[tokens]])
+        mask = np.concatenate([mask, batch["loss_mask"].flatten().to_numpy()[tokens]])
         whole = len(ids) // T * T
         for begin in range(0, whole, T):
-            here = starts[(starts >= begin) & (starts < begin + T)] - begin
-            sample = dict(input_ids=ids[begin : begin + T])
-            # A sample begins a piece, also where it continues a document.
-            sample["document_starts"] = np.union1d([0], here).astype(np.int32)
-            if masked:
-                sample["loss_mask"] = mask[begin : begin + T]
-            yield sample
+            here = starts[slice(*np.searchsorted(starts, (begin, begin + T)))] - begin
+            here = np.union1d([0], here).astype(np.int32)  # 0 also where a document continues
+            sample = dict(input_ids=ids[begin : begin + T], document_starts=here)
+            yield sample | dict(loss_mask=mask[begin : begin + T]) if masked else sample
         ids, mask, starts = ids[whole:], mask[whole:], starts[starts >= whole] - whole
 
 

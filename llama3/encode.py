@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
     """Documents end to end, and the places and problems of those that cannot be used."""
 
     ids: np.ndarray  # (tokens,) int32
-    mask: np.ndarray | None  # (tokens,) uint8, 1 where a token is learned; None if all are
+    mask: np.ndarray  # (tokens,) uint8, 1 where a token is learned
     lengths: np.ndarray  # (documents,) int64, 0 for an empty one
     problems: list[str]
 
@@ -68,6 +68,7 @@ class Encoder:
         ids, mask, lengths = self._encode(segments)
         if self.join_tokens:
             ids, lengths = self._joined(ids, lengths)
+            mask = np.ones(len(ids), np.uint8)
         return Encoded(ids, mask, lengths, problems)
 
     def _segments(self, document: Document) -> list[Segment]:
@@ -79,7 +80,7 @@ class Encoder:
             return [(document.text.strip() + "\n", True)]
         return [(part, True) for part in (*self.prefix, document.text, self.separator)]
 
-    def _encode(self, documents: list[list[Segment]]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    def _encode(self, documents: list[list[Segment]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, mask and lengths of documents, as in Encoded."""
         segments = list(chain.from_iterable(documents))
         self.backend.encode_special_tokens = True  # as text; transformers resets this for itself
@@ -92,13 +93,9 @@ class Encoder:
             raise EncodeError(
                 "the tokenizer turns plain text into control tokens: mark its control tokens as special"
             )
-        learned, ends = (
-            np.array([learned for _, learned in segments], np.uint8),
-            np.zeros(len(parts) + 1, int),
-        )
-        np.cumsum([len(part) for part in parts], out=ends[1:])
-        lengths = np.diff(ends[np.cumsum([0, *map(len, documents)])])
-        return ids, None if learned.all() else np.repeat(learned, np.diff(ends)), lengths
+        ends = np.cumsum([0, *map(len, parts)])  # of segments
+        mask = np.repeat(np.array([learned for _, learned in segments], np.uint8), np.diff(ends))
+        return ids, mask, np.diff(ends[np.cumsum([0, *map(len, documents)])])
 
     def _joined(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Consecutive rows as documents of at least `join_tokens`; the last one takes what is left over."""

@@ -9,11 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -22,7 +21,7 @@ import xxhash
 from datasets import Dataset, Features, Sequence, Value
 from datasets.utils import tqdm
 
-from llama3.encode import EncodeError, Encoder
+from llama3.encode import Encoded, EncodeError
 from llama3.sources import Document, read_files, read_rows
 
 BLOCK_BYTES = 1 << 20  # of text tokenized at once
@@ -31,21 +30,11 @@ BLOCK = Features({name: Sequence(Value("string")) for name in Document._fields})
 TOKENIZED = Features(
     {
         "input_ids": Sequence(Value("int32")),
-        "loss_mask": Sequence(Value("uint8")),  # empty if all documents of the block are learned whole
+        "loss_mask": Sequence(Value("uint8")),
         "key": Value("int64"),  # hash of the ids and the seed, which decides the split
         "problem": Value("string"),  # of a document that cannot be used and has no ids
     }
 )
-
-
-class Job(NamedTuple):
-    """What a tokenizing process needs: `read` turns a row of `blocks` into documents."""
-
-    blocks: Dataset
-    read: Callable[[dict], Iterable[Document]]
-    encoder: Encoder
-    seed: int
-    shards: list[Path]
 
 
 def file_blocks(paths: list[Path], text_column: str | None, folder: Path):
@@ -92,18 +81,22 @@ def _columns(block: list[Document]) -> dict:
     return {name: [getattr(document, name) for document in block] for name in Document._fields}
 
 
-def tokenize(job: Job, num_proc: int) -> None:
-    """Write the shards that are missing, in `num_proc` processes. Raises EncodeError."""
-    todo = [index for index, shard in enumerate(job.shards) if not shard.exists()]
-    if len(job.shards) == 1:  # little text: starting processes would take longer
+def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, paths: list[Path], num_proc: int):
+    """Write the shards that are missing, each a share of the blocks, in `num_proc` processes.
+
+    Raises EncodeError if one of them is killed.
+    """
+    write = functools.partial(_write_shard, blocks, encode, seed, paths)
+    todo = [index for index, path in enumerate(paths) if not path.exists()]
+    if len(paths) == 1:  # little text: starting processes would take longer
         for index in todo:
-            _tokenize_shard(job, index)
+            write(index)
         return
-    fork = multiprocessing.get_context("fork")  # so that a worker has the job at once, whatever it holds
-    with ProcessPoolExecutor(num_proc, fork, _begin_worker, (job,)) as pool:
+    fork = multiprocessing.get_context("fork")  # a worker has all at once, whatever it is
+    with ProcessPoolExecutor(num_proc, fork, _begin_worker, (write,)) as pool:
         running = [pool.submit(_work, index) for index in todo]
-        done = len(job.shards) - len(todo)
-        bar = tqdm(as_completed(running), "tokenizing", len(job.shards), initial=done, unit="shard")
+        done = len(paths) - len(todo)
+        bar = tqdm(as_completed(running), "tokenizing", len(paths), initial=done, unit="shard")
         try:
             for future in bar:
                 future.result()
@@ -118,12 +111,12 @@ def tokenize(job: Job, num_proc: int) -> None:
             raise
 
 
-def _begin_worker(job: Job) -> None:
-    global _job
-    _job = job
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # The pool ends its workers by SIGTERM, and would wait for ever for one with the parent's handler.
-        signal.signal(number, signal.SIG_DFL)
+def _begin_worker(write: Callable[[int], None]) -> None:
+    global _write
+    _write = write
+    # The pool ends its workers by SIGTERM, and would wait for ever for one with the parent's handler.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     datasets.disable_progress_bars()
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
@@ -137,35 +130,33 @@ def _leave_with(parent: int) -> None:
 
 
 def _work(index: int) -> None:
-    _tokenize_shard(_job, index)
+    _write(index)
 
 
-def _tokenize_shard(job: Job, index: int) -> None:
-    """Write a shard to a temporary file that `map` renames when it is whole."""
-    blocks = job.blocks.shard(len(job.shards), index, contiguous=True)
+def _write_shard(blocks: Dataset, encode, seed: int, paths: list[Path], index: int) -> None:
+    """Write a shard to a temporary file, which `map` renames when it is whole."""
+    blocks = blocks.shard(len(paths), index, contiguous=True)
     blocks.map(
-        functools.partial(_tokenize_block, job),
+        lambda batch: _table(encode({name: values[0] for name, values in batch.items()}), seed),
         batched=True,
         batch_size=1,
         remove_columns=blocks.column_names,
         features=TOKENIZED,
-        cache_file_name=str(job.shards[index]),
+        cache_file_name=str(paths[index]),
         new_fingerprint=f"shard-{index}",  # else the tokenizer would be hashed, which takes seconds
         desc="tokenizing",
     )
 
 
-def _tokenize_block(job: Job, batch) -> pa.Table:
-    block = {name: values[0] for name, values in batch.items()}
-    encoded = job.encoder.encode(job.read(block))
-    unusable = len(encoded.problems)
-    ends = np.cumsum(np.concatenate([[0], encoded.lengths, np.zeros(unusable, int)]), dtype=np.int32)
-    mask, mask_ends = (np.empty(0, np.uint8), 0 * ends) if encoded.mask is None else (encoded.mask, ends)
-    texts = (encoded.ids[begin:end] for begin, end in zip(ends, ends[1:], strict=False))
+def _table(encoded: Encoded, seed: int) -> pa.Table:
+    """A row for each document, then one for each problem."""
+    ends = np.cumsum([0, *encoded.lengths, *(0 for _ in encoded.problems)], dtype=np.int32)
+    raw, bounds = memoryview(encoded.ids), ends.tolist()
+    texts = (raw[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False))
     columns = {
         "input_ids": pa.ListArray.from_arrays(ends, encoded.ids),
-        "loss_mask": pa.ListArray.from_arrays(mask_ends, mask),
-        "key": [xxhash.xxh64_intdigest(text, job.seed) >> 1 for text in texts],
+        "loss_mask": pa.ListArray.from_arrays(ends, encoded.mask),
+        "key": [xxhash.xxh64_intdigest(text, seed % 2**64) >> 1 for text in texts],
         "problem": [None] * len(encoded.lengths) + encoded.problems,
     }
     return pa.table(columns, TOKENIZED.arrow_schema)
