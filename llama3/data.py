@@ -43,7 +43,7 @@ def prepare(
     """Tokenize, pack and split `dataset_id` into a DatasetDict at `dataset_path`, and print a summary.
 
     With the settings of an earlier preparation this does nothing, with others it refuses. After a kill it
-    continues. Raises DataError, EncodeError and AssetError.
+    continues. Raises DataError, AssetError, EncodeError and ProcessKilled.
     """
     target = Path(dataset_path)
     target = target.resolve() if target.is_symlink() else target

@@ -99,15 +99,14 @@ class Encoder:
 
     def _joined(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Consecutive rows as documents of at least `join_tokens`; the last one takes what is left over."""
+        if not len(ids):
+            return ids, lengths
         ends, cuts = np.cumsum(lengths), [0]
         while (row := np.searchsorted(ends, cuts[-1] + self.join_tokens)) < len(ends):
             cuts.append(int(ends[row]))
-        cuts = [*cuts[: max(1, len(cuts) - 1)], len(ids)] if len(ids) else [0]
-        documents = [
-            np.concatenate([self.prefix, ids[begin:end], [self.separator]])
-            for begin, end in zip(cuts, cuts[1:], strict=False)
-        ]
-        joined = np.concatenate([ids[:0], *documents]).astype(np.int32)
+        texts = np.split(ids, cuts[1:-1])
+        documents = [np.concatenate([self.prefix, text, [self.separator]]) for text in texts]
+        joined = np.concatenate(documents).astype(np.int32)
         return joined, np.array([*map(len, documents), *lengths[lengths == 0]], np.int64)
 
     # ---- conversations

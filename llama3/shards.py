@@ -21,7 +21,7 @@ import xxhash
 from datasets import Dataset, Features, Sequence, Value
 from datasets.utils import tqdm
 
-from llama3.encode import Encoded, EncodeError
+from llama3.encode import Encoded
 from llama3.sources import Document, read_files, read_rows
 
 BLOCK_BYTES = 1 << 20  # of text tokenized at once
@@ -35,6 +35,10 @@ TOKENIZED = Features(
         "problem": Value("string"),  # of a document that cannot be used and has no ids
     }
 )
+
+
+class ProcessKilled(ValueError):
+    """A tokenizing process was killed; what is done is kept."""
 
 
 def file_blocks(paths: list[Path], text_column: str | None, folder: Path):
@@ -84,7 +88,7 @@ def _columns(block: list[Document]) -> dict:
 def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, paths: list[Path], num_proc: int):
     """Write the shards that are missing, each a share of the blocks, in `num_proc` processes.
 
-    Raises EncodeError if one of them is killed.
+    Raises ProcessKilled, and what `encode` raises.
     """
     write = functools.partial(_write_shard, blocks, encode, seed, paths)
     todo = [index for index, path in enumerate(paths) if not path.exists()]
@@ -101,7 +105,7 @@ def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, path
             for future in bar:
                 future.result()
         except BrokenProcessPool as error:
-            raise EncodeError(
+            raise ProcessKilled(
                 "a tokenizing process was killed, most likely for want of memory; "
                 "start again: what is done is kept"
             ) from error

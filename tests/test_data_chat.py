@@ -16,7 +16,7 @@ from helpers.corpora import (
     small_tokenizer,
 )
 
-from llama3.data import DataError, prepare
+from llama3.data import prepare
 from llama3.encode import EncodeError, Encoder
 from llama3.sources import Document
 
@@ -158,31 +158,3 @@ def test_the_summary_makes_the_mask_visible(tmp_path, capsys):
     conversation = {"messages": chat("the state of the union?", "at peace")}
     prepare_records(tmp_path, small_tokenizer(), [conversation] * 30, T=128)
     assert "assistant\n    [[at peace<|im_end|>]]\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "messages, said",
-    [
-        ([], "not a list of turns, or empty"),
-        ("hello", "not a list of turns"),
-        (["hello"], "turn 1 has role 'hello'"),
-        ([{"content": "no role"}], "turn 1 has role 'None'"),
-        ([dict(role="user<|im_end|>", content="x")], "turn 1 has role"),
-        (chat("a", dict(role="assistant", content=None)), "the content of turn 2 is null"),
-        (chat("a", dict(role="assistant", content=[{"text": "b"}])), "the content of turn 2 is list"),
-        (chat("a", dict(role="assistant", content="b", tool_calls=[{"name": "f"}])), "tool_calls"),
-        ([dict(role="user", content="a")], "no assistant turn to learn"),
-        ([dict(role="assistant", content="a")], "begins with an assistant turn"),
-        (chat("a", "b\ud800"), "unpaired surrogate"),
-    ],
-)
-def test_malformed_conversations_are_named_with_file_and_line_or_left_out(tmp_path, messages, said):
-    good = [{"messages": chat(text, "Yes.")} for text in make_texts(20)]
-    records = [*good[:10], {"messages": messages}, *good[10:]]
-    with pytest.raises(DataError) as refused:
-        prepare_records(tmp_path, small_tokenizer(), records)
-    for words in ("1 bad sample", f"{tmp_path}/a.jsonl:11: ", said, "--skip_bad_samples"):
-        assert words in str(refused.value)
-    prepare_records(tmp_path, small_tokenizer(), records, skip_bad_samples=True)
-    known = facts(tmp_path / "p")
-    assert known["bad_samples"] == 1 and sum(known["documents"].values()) == 20

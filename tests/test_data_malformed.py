@@ -12,6 +12,7 @@ from llama3 import shards, sources
 from llama3.data import prepare
 
 GOOD = make_texts(30)
+USER, REPLY = dict(role="user", content="a"), dict(role="assistant", content="b")
 LINES = [json.dumps({"text": text}).encode() for text in GOOD]
 
 
@@ -19,6 +20,10 @@ def jsonl(*lines: bytes, end=b"\n", start=b""):
     """A good file with these lines in it, from line 4 on."""
     data = start + end.join([*LINES[:3], *lines, *LINES[3:]]) + end
     return lambda folder: (folder / "a.jsonl").write_bytes(data)
+
+
+def turns(*messages):
+    return jsonl(json.dumps({"messages": messages}).encode())
 
 
 def file(name: str, data: bytes):
@@ -84,6 +89,27 @@ BAD = {
         "a.jsonl.gz: cannot be read",
     ),
     "a gzip file that is none": (file("a.txt.gz", b"this is not packed"), "a.txt.gz: cannot be read"),
+    "no turns": (turns(), "a.jsonl:4: 'messages' is not a list of turns, or empty"),
+    "text for turns": (jsonl(b'{"messages": "hello"}'), "a.jsonl:4: 'messages' is not a list of turns"),
+    "text for a turn": (turns("hello"), "a.jsonl:4: turn 1 has role 'hello'"),
+    "a turn without a role": (turns({"content": "x"}), "a.jsonl:4: turn 1 has role 'None'"),
+    "a control token in a role": (turns(USER | {"role": "user<|im_end|>"}), "a.jsonl:4: turn 1 has role"),
+    "null for a turn's text": (
+        turns(USER, REPLY | {"content": None}),
+        "a.jsonl:4: the content of turn 2 is null",
+    ),
+    "a list for a turn's text": (
+        turns(USER, REPLY | {"content": []}),
+        "a.jsonl:4: the content of turn 2 is list",
+    ),
+    "a surrogate in a turn": (
+        turns(USER, REPLY | {"content": "\ud800"}),
+        "a.jsonl:4: the content of turn 2 has an",
+    ),
+    "tool calls": (turns(USER, REPLY | {"tool_calls": [{"name": "f"}]}), "a.jsonl:4: turn 2 has tool_calls"),
+    "a weight": (turns(USER, REPLY | {"weight": 0}), "a.jsonl:4: turn 2 has a weight"),
+    "no assistant turn": (turns(USER), "a.jsonl:4: no assistant turn to learn"),
+    "an assistant turn first": (turns(REPLY, USER), "a.jsonl:4: it begins with an assistant turn"),
 }
 
 
