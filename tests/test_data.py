@@ -23,9 +23,7 @@ from helpers.corpora import (
     make_texts,
     prepare_records,
     real_tokenizer,
-    rows,
     samples,
-    small_tokenizer,
     write_jsonl,
 )
 from helpers.runs import ROOT, environment, python
@@ -40,7 +38,7 @@ T = 64
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return small_tokenizer()
+    return real_tokenizer("small")
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def test_every_document_is_there_whole_and_once_but_for_the_last_remainder(tmp_p
 
 
 def test_a_row_is_full_and_begins_a_piece(prepared):
-    for row in rows(prepared, "train"):
+    for row in samples(prepared)[0]:
         starts = row["document_starts"]
         assert len(row["input_ids"]) == T and starts[0] == 0 and starts == sorted(set(starts))
         assert all(row["input_ids"][start - 1] == 0 for start in starts[1:]), "begins where no other ended"
@@ -125,9 +123,6 @@ def test_a_source_is_what_was_named_and_once(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     prepare("a.jsonl,b.jsonl", tokenizer, "link", 4)  # through a link
     assert (tmp_path / "elsewhere" / "preparation.json").is_file()
-
-
-# ---- processes and kills
 
 
 def test_the_samples_are_the_same_with_any_number_of_processes_and_shards(tmp_path, tokenizer, monkeypatch):
@@ -222,9 +217,6 @@ def test_two_processes_at_once_do_not_harm_each_other(tmp_path, tokenizer, small
     assert samples(tmp_path / "p") == samples(alone)
 
 
-# ---- settings
-
-
 def files_of(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -241,7 +233,6 @@ OTHER_SETTINGS = {
     "seed 0, now 1": dict(seed=1),
     "validation_fraction 0.01, now 0.5": dict(validation_fraction=0.5),
     "text_column None, now body": dict(text_column="body"),
-    "another tokenizer": dict(tokenizer=small_tokenizer(chat_template=None)),
     "changed files": dict(records=make_texts(50, seed=1)),
 }
 
@@ -253,6 +244,11 @@ def test_other_settings_are_refused_with_the_fix(tmp_path, tokenizer, said):
     with pytest.raises(DataError, match="choose another --dataset_path") as refused:
         prepare_records(**settings | OTHER_SETTINGS[said])
     assert said in str(refused.value) and files_of(tmp_path / "p") == before
+
+
+def test_another_tokenizer_is_refused(prepared):
+    with pytest.raises(DataError, match="another tokenizer"):
+        prepare(str(prepared.parent / "a.jsonl"), real_tokenizer("smollm2-135m"), prepared, T)
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path, tokenizer):
@@ -270,17 +266,12 @@ def test_senseless_settings_are_refused(tmp_path, tokenizer, settings, monkeypat
         prepare_records(Path(""), tokenizer, make_texts(10), **settings)
 
 
-# ---- validation
-
-
 def test_the_seed_chooses_the_held_out_documents_and_equal_documents_stay_together(tmp_path, tokenizer):
     texts, held_out = make_texts(300, most=20), []
     for seed in (0, 1):
         settings = dict(validation_fraction=0.2, seed=seed)
         folder = prepare_records(tmp_path, tokenizer, texts + texts[:100], str(seed), **settings)
-        train, validation = (
-            {tuple(d) for d in documents_of(folder, s)[:-1]} for s in ("train", "validation")
-        )
+        train, validation = (set(map(tuple, documents_of(folder, s)[:-1])) for s in ("train", "validation"))
         assert not train & validation
         assert 80 <= facts(folder)["documents"]["validation"] <= 90  # a fifth of 400, and their doubles
         held_out.append(validation)
@@ -299,27 +290,21 @@ def test_a_single_document_is_all_for_training_and_says_so(tmp_path, tokenizer, 
     assert len(open_split(tmp_path / "p", "validation", 32, 320)) == 0
 
 
-# ---- tokens
+BOUNDARIES = [("small", [], 0), ("smollm2-135m", [], 0), ("llama3", [128000], 128001)]
 
 
-@pytest.mark.parametrize("name", ["small", "smollm2-135m", "llama3"])
-def test_text_cannot_inject_control_tokens(name):
+@pytest.mark.parametrize("name, beginning, end", BOUNDARIES)
+def test_a_document_has_the_tokenizers_beginning_and_separator_and_injects_no_control_tokens(
+    name, beginning, end
+):
     tokenizer = real_tokenizer(name)
-    control = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-    text = "a" + "".join(token.content + " b" for token in control) + "<|im_start|>system\n<|eot_id|>"
-    encoder = Encoder(tokenizer)
-    ids = encoder.encode([Document("here", text)]).ids
-    assert (
-        np.isin(ids, list(tokenizer.added_tokens_decoder)).sum() == len(encoder.prefix) + 1
-    )  # the separator
-    assert tokenizer.decode(ids[len(encoder.prefix) : -1]) == text
-
-
-@pytest.mark.parametrize("name, beginning, end", [("llama3", [128000], 128001), ("smollm2-135m", [], 0)])
-def test_a_document_has_the_tokenizers_beginning_and_the_separator_by_name(name, beginning, end):
-    tokenizer, text = real_tokenizer(name), "My fellow citizens"
-    ids = Encoder(tokenizer).encode([Document("here", text)]).ids
-    assert ids.tolist() == beginning + tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    text = "My fellow citizens" + " b".join(control) + "<|im_start|>system\n<|eot_id|>"
+    ids = Encoder(tokenizer).encode([Document("here", text)]).ids.tolist()
+    middle = ids[len(beginning) : -1]
+    assert ids == beginning + middle + [end] and tokenizer.decode(middle) == text
+    assert middle == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert not set(middle) & set(tokenizer.added_tokens_decoder)
 
 
 def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
@@ -331,15 +316,12 @@ def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
     assert tokenizer.decode(sum((ids[:-1] for ids in found), [])) == "".join(s + "\n" for s in sentences)
 
 
-# ---- reading it back
-
-
 def test_a_split_opens_whole_or_as_always_the_same_samples_from_all_over(prepared):
     everything, some, again = (
         [row["input_ids"].tolist() for row in open_split(prepared, "validation", T, 320, max_samples=most)]
         for most in (None, 10, 10)
     )
-    assert everything == [row["input_ids"] for row in rows(prepared, "validation")]
+    assert everything == [row["input_ids"] for row in samples(prepared)[1]]
     positions = [everything.index(row) for row in some]
     assert len(some) == 10 and some == again and positions == sorted(positions)
     assert positions[0] == 0 and positions[-1] == len(everything) - 1
@@ -399,9 +381,6 @@ def test_end_of_text_is_a_target_and_a_documents_first_token_is_not(prepared):
     labels, start = Collator(T, 1)([row])["labels"][0], row["document_starts"][1]
     assert labels[start - 2] == 0 and labels[start - 1] == -100
     assert labels[start] == row["input_ids"][start + 1]
-
-
-# ---- what is said
 
 
 def test_the_summary_shows_counts_lengths_and_a_sample(tmp_path, tokenizer, capsys):

@@ -22,8 +22,8 @@ def jsonl(*lines: bytes, end=b"\n", start=b""):
     return lambda folder: (folder / "a.jsonl").write_bytes(data)
 
 
-def turns(*messages):
-    return jsonl(json.dumps({"messages": messages}).encode())
+def turns(*messages) -> bytes:
+    return json.dumps({"messages": messages}).encode()
 
 
 def file(name: str, data: bytes):
@@ -53,75 +53,56 @@ BROKEN_PAGES[40:140] = bytes(100)
 BIG_GZIP = gzip.compress(b"".join(line + b"\n" for line in LINES * 200))
 YEAR_OUT_OF_RANGE = pa.array([2**60], pa.timestamp("us"))
 
-# name: (how to write it, what the complaint must contain)
-BAD = {
-    "invalid JSON": (jsonl(b'{"text": '), "a.jsonl:4: not JSON"),
-    "two records on a line": (jsonl(b'{"text": "a"}{"text": "b"}'), "a.jsonl:4: not JSON"),
-    "a list for a record": (jsonl(b'["text"]'), "a.jsonl:4: a JSON list"),
-    "a number for a record": (jsonl(b"7"), "a.jsonl:4: a JSON int"),
-    "nesting without end": (jsonl(b"[" * 100_000), "a.jsonl:4: not JSON"),
-    "no such column": (jsonl(b'{"a": "x", "b": "y"}'), "a.jsonl:4: no column 'text' but 'a', 'b'"),
-    "a number for the text": (jsonl(b'{"text": 7}'), "a.jsonl:4: column 'text' is int, not text"),
-    "a list for the text": (jsonl(b'{"text": ["a"]}'), "a.jsonl:4: column 'text' is list, not text"),
-    "a surrogate": (jsonl(b'{"text": "a\\ud800"}'), "a.jsonl:4: column 'text' has an unpaired surrogate"),
-    "a line that is not UTF-8": (jsonl(b'{"text": "caf\xe9"}'), "a.jsonl:4: not UTF-8: byte 0xe9"),
-    "a null prompt": (
-        jsonl(b'{"prompt": null, "completion": "x"}'),
-        "a.jsonl:4: the content of turn 1 is null",
-    ),
-    "a file that is not UTF-8": (file("a.txt", b"first\nsecond\ncaf\xe9"), "a.txt:3: not UTF-8: byte 0xe9"),
-    "a file in UTF-16": (file("a.txt", "text".encode("utf-16")), "a.txt:1: not UTF-8: byte 0xff"),
-    "parquet without its end": (file("a.parquet", table_bytes(GOOD)[:-100]), "a.parquet: cannot be read"),
-    "parquet with broken pages": (file("a.parquet", bytes(BROKEN_PAGES)), "a.parquet: cannot be read"),
-    "a parquet file of something else": (file("a.parquet", b"PAR0"), "a.parquet: cannot be read"),
-    "an empty parquet file": (file("a.parquet", b""), "a.parquet: cannot be read"),
-    "parquet strings that are not UTF-8": (parquet(NOT_UTF8), "a.parquet row 6: not UTF-8: byte 0xff"),
-    "numbers in a parquet column": (
-        file("a.parquet", table_bytes([7])),
-        "a.parquet row 1: column 'text' is int",
-    ),
-    "a parquet file without text": (
-        file("a.parquet", table_bytes(YEAR_OUT_OF_RANGE, "when")),
-        "a.parquet: no column 'text' but 'when'",
-    ),
-    "a gzip file cut short": (
-        file("a.jsonl.gz", BIG_GZIP[: len(BIG_GZIP) // 2]),
-        "a.jsonl.gz: cannot be read",
-    ),
-    "a gzip file that is none": (file("a.txt.gz", b"this is not packed"), "a.txt.gz: cannot be read"),
-    "no turns": (turns(), "a.jsonl:4: 'messages' is not a list of turns, or empty"),
-    "text for turns": (jsonl(b'{"messages": "hello"}'), "a.jsonl:4: 'messages' is not a list of turns"),
-    "text for a turn": (turns("hello"), "a.jsonl:4: turn 1 has role 'hello'"),
-    "a turn without a role": (turns({"content": "x"}), "a.jsonl:4: turn 1 has role 'None'"),
-    "a control token in a role": (turns(USER | {"role": "user<|im_end|>"}), "a.jsonl:4: turn 1 has role"),
-    "null for a turn's text": (
-        turns(USER, REPLY | {"content": None}),
-        "a.jsonl:4: the content of turn 2 is null",
-    ),
-    "a list for a turn's text": (
-        turns(USER, REPLY | {"content": []}),
-        "a.jsonl:4: the content of turn 2 is list",
-    ),
-    "a surrogate in a turn": (
-        turns(USER, REPLY | {"content": "\ud800"}),
-        "a.jsonl:4: the content of turn 2 has an",
-    ),
-    "tool calls": (turns(USER, REPLY | {"tool_calls": [{"name": "f"}]}), "a.jsonl:4: turn 2 has tool_calls"),
-    "a weight": (turns(USER, REPLY | {"weight": 0}), "a.jsonl:4: turn 2 has a weight"),
-    "no assistant turn": (turns(USER), "a.jsonl:4: no assistant turn to learn"),
-    "an assistant turn first": (turns(REPLY, USER), "a.jsonl:4: it begins with an assistant turn"),
-}
+BAD_LINES = [  # (line of a .jsonl, what the complaint about it must begin with)
+    (b'{"text": ', "not JSON"),
+    (b'{"text": "a"}{"text": "b"}', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'["text"]', "a JSON list"),
+    (b"7", "a JSON int"),
+    (b'{"a": "x", "b": "y"}', "no column 'text' but 'a', 'b'"),
+    (b'{"text": 7}', "column 'text' is int, not text"),
+    (b'{"text": ["a"]}', "column 'text' is list, not text"),
+    (b'{"text": "a\\ud800"}', "column 'text' has an unpaired surrogate"),
+    (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9"),
+    (b'{"prompt": null, "completion": "x"}', "the content of turn 1 is null"),
+    (turns(), "'messages' is not a list of turns, or empty"),
+    (b'{"messages": "hello"}', "'messages' is not a list of turns"),
+    (turns("hello"), "turn 1 has role 'hello'"),
+    (turns({"content": "x"}), "turn 1 has role 'None'"),
+    (turns(USER | {"role": "user<|im_end|>"}), "turn 1 has role"),
+    (turns(USER, REPLY | {"content": None}), "the content of turn 2 is null"),
+    (turns(USER, REPLY | {"content": []}), "the content of turn 2 is list"),
+    (turns(USER, REPLY | {"content": "\ud800"}), "the content of turn 2 has an unpaired surrogate"),
+    (turns(USER, REPLY | {"tool_calls": [{"name": "f"}]}), "turn 2 has tool_calls"),
+    (turns(USER, REPLY | {"weight": 0}), "turn 2 has a weight"),
+    (turns(USER), "no assistant turn to learn"),
+    (turns(REPLY, USER), "it begins with an assistant turn"),
+]
+BAD_FILES = [  # (name, content, what the complaint must begin with)
+    ("a.txt", b"first\nsecond\ncaf\xe9", "a.txt:3: not UTF-8: byte 0xe9"),
+    ("a.txt", "text".encode("utf-16"), "a.txt:1: not UTF-8: byte 0xff"),
+    ("a.parquet", table_bytes(GOOD)[:-100], "a.parquet: cannot be read"),
+    ("a.parquet", bytes(BROKEN_PAGES), "a.parquet: cannot be read"),
+    ("a.parquet", b"PAR0", "a.parquet: cannot be read"),
+    ("a.parquet", b"", "a.parquet: cannot be read"),
+    ("a.parquet", table_bytes(NOT_UTF8), "a.parquet row 6: not UTF-8: byte 0xff"),
+    ("a.parquet", table_bytes([7]), "a.parquet row 1: column 'text' is int, not text"),
+    ("a.parquet", table_bytes(YEAR_OUT_OF_RANGE, "when"), "a.parquet: no column 'text' but 'when'"),
+    ("a.jsonl.gz", BIG_GZIP[: len(BIG_GZIP) // 2], "a.jsonl.gz: cannot be read"),
+    ("a.txt.gz", b"this is not packed", "a.txt.gz: cannot be read"),
+]
+BAD = [(jsonl(line), f"a.jsonl:4: {said}") for line, said in BAD_LINES]
+BAD += [(file(name, content), said) for name, content, said in BAD_FILES]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_sample_is_named_and_refused_or_counted_and_left_out(tmp_path, name):
-    write, said = BAD[name]
+@pytest.mark.parametrize("write, said", BAD, ids=[said for _, said in BAD])
+def test_a_bad_sample_is_named_and_refused_or_counted_and_left_out(tmp_path, write, said):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in")
     with pytest.raises(ValueError) as refused:
         prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64)
     assert f"{tmp_path}/in/{said}" in str(refused.value) and "--skip_bad_samples" in str(refused.value)
-    assert not (tmp_path / "p").exists()
+    assert "1 bad sample:" in str(refused.value) and not (tmp_path / "p").exists()
     prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
     known = facts(tmp_path / "p")
     assert known["bad_samples"] == 1 and sum(known["documents"].values()) >= len(GOOD)
