@@ -47,33 +47,33 @@ class Document(NamedTuple):
 def read_files(paths: Iterable[str], text_column: str | None) -> Iterator[Document]:
     """Documents of all files, in order; a file that cannot be read yields a problem."""
     for path in map(Path, paths):
-        codec = CODECS.get(path.suffix.lower())
+        name, codec = _printable(str(path)), CODECS.get(path.suffix.lower())
         try:
             with io.BufferedReader(pa.input_stream(str(path), codec)) if codec else open(path, "rb") as file:
-                yield from READERS[_kind(path)](file, str(path), text_column)
+                yield from READERS[_kind(path)](file, name, text_column)
         except (OSError, pa.ArrowException, BadSample) as error:
-            yield Document(str(path), problem=_problem(error))
+            yield Document(name, problem=_problem(error))
 
 
-def _read_text(file, path: str, text_column: str | None) -> Iterator[Document]:
+def _read_text(file, name: str, text_column: str | None) -> Iterator[Document]:
     """A .txt file is one document."""
     data = file.read().removeprefix(BYTE_ORDER_MARK)
     try:
-        yield _document(f"{path}:1", {"text": data.decode()}, None)
+        yield _document(f"{name}:1", {"text": data.decode()}, None)
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
-        yield Document(f"{path}:{line}", problem=_problem(error))
+        yield Document(f"{name}:{line}", problem=_problem(error))
 
 
-def _read_lines(file, path: str, text_column: str | None) -> Iterator[Document]:
+def _read_lines(file, name: str, text_column: str | None) -> Iterator[Document]:
     """A line of a .jsonl file is one document."""
     for number, line in enumerate(file, 1):
         line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if line.strip():
-            yield _document(f"{path}:{number}", line, text_column)
+            yield _document(f"{name}:{number}", line, text_column)
 
 
-def _read_parquet(file, path: str, text_column: str | None) -> Iterator[Document]:
+def _read_parquet(file, name: str, text_column: str | None) -> Iterator[Document]:
     """A row of a .parquet file is one document."""
     with tempfile.TemporaryFile() as unpacked:
         if not file.seekable():  # it is compressed, and parquet is read from its end
@@ -81,13 +81,10 @@ def _read_parquet(file, path: str, text_column: str | None) -> Iterator[Document
             file = unpacked
         table = pq.ParquetFile(file, buffer_size=READ_BYTES)
         columns = _text_columns(table.schema_arrow.names, text_column)
-        groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
-        step = 1 + READ_BYTES * table.metadata.num_rows // (
-            1 + sum(group.total_byte_size for group in groups)
-        )
-        row = 1
+        size = sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
+        step, row = 1 + READ_BYTES * table.metadata.num_rows // max(1, size), 1
         for batch in table.iter_batches(min(step, 10_000), columns=columns, use_threads=False):
-            yield from read_rows(batch, path, row, text_column)
+            yield from read_rows(batch, name, row, text_column)
             row += len(batch)
 
 
@@ -176,7 +173,12 @@ def _problem(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); save it as UTF-8"
     what = "cannot be read" if isinstance(error, (OSError, pa.ArrowException)) else "not JSON"
-    return f"{what}: {error}"
+    return f"{what}: {_printable(str(error))}"
+
+
+def _printable(text: str) -> str:
+    """A file's name may have bytes that are not UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _text_columns(names: list[str], text_column: str | None) -> list[str]:
@@ -221,9 +223,11 @@ def find_files(dataset_id: str) -> list[Path] | None:
 
 def _files_of(name: str) -> list[Path]:
     path = Path(name).expanduser()
-    paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    pattern = glob.escape(str(path)) if path.exists() else str(path)
+    paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
     files = [path for path in paths if path.is_file() and not path.name.startswith(".")]
-    usable, others = ([path for path in files if bool(_kind(path)) is known] for known in (True, False))
+    usable = [path for path in files if _kind(path)]
+    others = [path for path in files if not _kind(path)]
     kinds = ", ".join(READERS)
     if not usable:
         problem = f"has no {kinds} file (also .gz, .zst)" if files or path.exists() else "does not exist"

@@ -101,23 +101,18 @@ def test_a_message_cannot_inject_a_turn(tokenizer, attack):
         assert "".join(learned) == messages[1]["content"] + end or end == "<|eot_id|>"
 
 
-COMPLAINTS = {  # what is said: a template
-    "the chat template does not write turn after turn": CHATML.replace(
-        "message['content']", "(message['content'] if loop.last else '...')"
-    ),
-    "the chat template refuses it: one turn, please": (
-        "{% if messages|length > 2 %}{{ raise_exception('one turn, please') }}{% endif %}" + CHATML
-    ),
-}
+FORGETFUL = CHATML.replace("message['content']", "(message['content'] if loop.last else '...')")
+STRICT = "{% if messages|length > 2 %}{{ raise_exception('one turn, please') }}{% endif %}" + CHATML
+COMPLAINTS = [(FORGETFUL, "does not write turn after turn"), (STRICT, "refuses it: one turn, please")]
 
 
-@pytest.mark.parametrize("said", COMPLAINTS)
-def test_a_conversation_that_does_not_fit_the_template_is_refused_by_its_place(said):
-    encoder = Encoder(small_tokenizer(COMPLAINTS[said]))
+@pytest.mark.parametrize("template, said", COMPLAINTS)
+def test_a_conversation_that_does_not_fit_the_template_is_refused_by_its_place(template, said):
+    encoder = Encoder(small_tokenizer(template))
     document = Document("a.jsonl:7", messages=json.dumps(chat("a", "b", "c", "d")))
     ids, _, _, (problem,) = encoder.encode([document])
-    assert problem.startswith(f"a.jsonl:7: {said}") and not len(ids)
-    assert "refuses" not in said or encoder.conversation(chat("a", "b"))
+    assert problem.startswith(f"a.jsonl:7: the chat template {said}") and not len(ids)
+    assert template == FORGETFUL or encoder.conversation(chat("a", "b"))
 
 
 def test_a_tokenizer_without_a_template_is_refused_with_the_fix():

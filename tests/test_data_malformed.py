@@ -177,10 +177,3 @@ def test_a_text_too_long_is_named_and_the_next_is_read(tmp_path, monkeypatch):
         prepare_records(tmp_path, small_tokenizer(), records)
     prepare_records(tmp_path, small_tokenizer(), records, skip_bad_samples=True)
     assert sum(facts(tmp_path / "p")["documents"].values()) == len(GOOD)
-
-
-@pytest.mark.slow
-def test_a_line_of_10_megabytes_is_a_document_like_another(tmp_path):
-    prepare_records(tmp_path, small_tokenizer(), [*GOOD[:5], " ".join(make_texts(1000)) * 30, *GOOD[5:]])
-    assert (tmp_path / "a.jsonl").stat().st_size > 10e6
-    assert sum(facts(tmp_path / "p")["documents"].values()) == len(GOOD) + 1
