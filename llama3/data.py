@@ -68,7 +68,7 @@ def prepare(
     work = target.with_name(target.name + ".preparing")
     if work.exists() or not _already_prepared(target, settings):
         with _only_one(work) as lock_file:
-            if not _already_prepared(target, settings):  # else another process did it while this one waited
+            if not _already_prepared(target, settings):  # another process may have done it meanwhile
                 paths = _tokenize(dataset_id, files, tokenizer, settings, work, num_proc or _cores())
                 index = _index(paths)
                 _check(index, dataset_id, max_seq_len, skip_bad_samples)
@@ -161,14 +161,15 @@ def _tokenize(dataset_id: str, files, tokenizer, settings: dict, work: Path, num
     """The tokenized shards of a source, in a folder of `work` that these settings alone use."""
     T, text_column = settings["max_seq_len"], settings["text_column"]
     rows = None if files else sources.load_from_hub(dataset_id, text_column)
-    key = _hash([settings, rows and rows._fingerprint, datasets.__version__])
+    key = _hash([settings, rows is not None and rows._fingerprint, datasets.__version__])
     for stale in work.iterdir():
         if stale.name != key:
             shutil.rmtree(stale)
-    join_tokens = T if rows and dataset_id in sources.BOOKCORPUS else 0
+    join_tokens = 0
     if rows is None:
         blocks, read = shards.file_blocks(files, text_column, work / key)
     else:
+        join_tokens = T if dataset_id in sources.BOOKCORPUS else 0
         blocks, read = shards.hub_blocks(rows, dataset_id, text_column, join_tokens)
     encoder = Encoder(tokenizer, join_tokens)
     count = min(shards.MAX_SHARDS, len(blocks))
@@ -284,14 +285,14 @@ def _samples(paths: tuple[str, ...], T: int, bound: int, masked: bool, split: st
         whole = len(ids) // T * T
         for begin in range(0, whole, T):
             here = starts[slice(*np.searchsorted(starts, (begin, begin + T)))] - begin
-            here = np.union1d([0], here).astype(np.int32)  # 0 also where a document continues
+            here = np.union1d([0], here).astype(np.int32)  # 0 even where the sample continues a document
             sample = dict(input_ids=ids[begin : begin + T], document_starts=here)
             yield sample | dict(loss_mask=mask[begin : begin + T]) if masked else sample
         ids, mask, starts = ids[whole:], mask[whole:], starts[starts >= whole] - whole
 
 
 def _publish(result: Path, target: Path) -> None:
-    """Rename what is whole into place, once it is on the disk."""
+    """Flush all files to the disk, then rename their folder into place."""
     for path in result.rglob("*"):
         if path.is_file():
             with open(path, "rb+") as file:

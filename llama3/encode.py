@@ -13,7 +13,7 @@ from llama3.assets import document_separator
 from llama3.sources import BadSample, Document
 
 HIDDEN = re.compile("\ufdd0([0-9]+)\ufdd1")  # stands for a control token's name inside a message
-# A segment is a part of a document: (text, or the id of a control token; whether it is to be learned).
+# Part of a document: a text or a control token's id, and whether it is learned.
 Segment = tuple[str | int, bool]
 
 
@@ -83,7 +83,7 @@ class Encoder:
     def _encode(self, documents: list[list[Segment]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, mask and lengths of documents, as in Encoded."""
         segments = list(chain.from_iterable(documents))
-        self.backend.encode_special_tokens = True  # as text; transformers resets this for itself
+        self.backend.encode_special_tokens = True  # they stay text; transformers resets this
         texts = [content for content, _ in segments if isinstance(content, str)]
         encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
         parts = [next(encodings).ids if isinstance(content, str) else (content,) for content, _ in segments]

@@ -25,7 +25,7 @@ from llama3.encode import Encoded
 from llama3.sources import Document, read_files, read_rows
 
 BLOCK_BYTES = 1 << 20  # of text tokenized at once
-MAX_SHARDS = 1024  # a kill loses a shard a process, so that there are many, though not of less than a block
+MAX_SHARDS = 1024  # a kill costs each process the shard that it is writing, so shards are small
 BLOCK = Features({name: Sequence(Value("string")) for name in Document._fields})
 TOKENIZED = Features(
     {
@@ -52,16 +52,18 @@ def hub_blocks(rows: Dataset, name: str, text_column: str | None, join_tokens: i
     """(blocks, function that reads a block) of a hub data set; a block is a range of rows."""
     size = max(BLOCK_BYTES, 16 * join_tokens)  # rows are joined inside a block: it holds several documents
     step = 1 + size * len(rows) // max(size, rows.data.nbytes)
-    first = list(range(0, max(1, len(rows) - step + 1), step))  # the last block takes the rest
-    blocks = Dataset.from_dict({"first": first, "end": [*first[1:], len(rows)]})
-    rows = rows.with_format("arrow")
-    return blocks, lambda block: read_rows(
-        rows[block["first"] : block["end"]], name, block["first"] + 1, text_column
-    )
+    begins = list(range(0, max(1, len(rows) - step + 1), step))  # the last block takes the rest
+    blocks = Dataset.from_dict({"begin": begins, "end": [*begins[1:], len(rows)]})
+    tables = rows.with_format("arrow")
+
+    def read(block: dict) -> Iterator[Document]:
+        return read_rows(tables[block["begin"] : block["end"]], name, block["begin"] + 1, text_column)
+
+    return blocks, read
 
 
 def generated(generator, folder: Path, batch: int, features: Features | None = None, **options) -> Dataset:
-    """Dataset.from_generator, written so many rows at a time; raises the generator's or the disk's error."""
+    """Dataset.from_generator that writes `batch` rows at a time and raises the original error."""
     try:
         return Dataset.from_generator(
             generator, features, cache_dir=str(folder), gen_kwargs=options, writer_batch_size=batch
@@ -96,7 +98,7 @@ def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, path
         for index in todo:
             write(index)
         return
-    fork = multiprocessing.get_context("fork")  # a worker has all at once, whatever it is
+    fork = multiprocessing.get_context("fork")  # a worker inherits the tokenizer, which is slow to pickle
     with ProcessPoolExecutor(num_proc, fork, _begin_worker, (write,)) as pool:
         running = [pool.submit(_work, index) for index in todo]
         done = len(paths) - len(todo)
@@ -110,7 +112,7 @@ def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, path
                 "start again: what is done is kept"
             ) from error
         except BaseException:
-            for worker in multiprocessing.active_children():  # else they would finish all shards first
+            for worker in multiprocessing.active_children():  # otherwise the pool waits for all shards
                 worker.kill()
             raise
 
@@ -118,7 +120,7 @@ def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, path
 def _begin_worker(write: Callable[[int], None]) -> None:
     global _write
     _write = write
-    # The pool ends its workers by SIGTERM, and would wait for ever for one with the parent's handler.
+    # The pool ends its workers by SIGTERM. With the parent's handler a worker could survive it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
@@ -127,7 +129,7 @@ def _begin_worker(write: Callable[[int], None]) -> None:
 
 
 def _leave_with(parent: int) -> None:
-    """End this process when its parent has ended: it would wait for work for ever."""
+    """End this process when its parent has ended; otherwise it would wait for work for ever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -147,7 +149,7 @@ def _write_shard(blocks: Dataset, encode, seed: int, paths: list[Path], index: i
         remove_columns=blocks.column_names,
         features=TOKENIZED,
         cache_file_name=str(paths[index]),
-        new_fingerprint=f"shard-{index}",  # else the tokenizer would be hashed, which takes seconds
+        new_fingerprint=f"shard-{index}",  # otherwise `map` hashes the tokenizer, which takes seconds
         desc="tokenizing",
     )
 
