@@ -23,7 +23,7 @@ readers = {
     "config": lambda name: assets.load_config(name).hidden_size,
     "weights": lambda name: sorted(assets.weight_files(name)),
     "tokenizer": lambda name: len(assets.load_tokenizer(name)),
-    "dataset": lambda name: len(sources._load_from_hub(name)),
+    "dataset": lambda name: len(sources.load_from_hub(name)),
 }
 found = {}
 for case in json.loads(sys.argv[1]):
