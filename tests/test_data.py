@@ -117,7 +117,7 @@ def test_a_source_is_what_was_named_and_once(tmp_path, tokenizer, monkeypatch):
     assert [path.name for path in sources.find_files("a.jsonl, b.jsonl")] == ["a.jsonl", "b.jsonl"]
     assert len(sources.find_files("*.jsonl")) == 2
     for name in ("", "a.jsonl,"):
-        with pytest.raises(ValueError, match="has an empty name"):
+        with pytest.raises(ValueError, match="is an empty name"):
             sources.find_files(name)
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / "elsewhere").mkdir()
