@@ -99,7 +99,8 @@ def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, path
             write(index)
         return
     fork = multiprocessing.get_context("fork")  # a worker inherits the tokenizer, which is slow to pickle
-    with ProcessPoolExecutor(num_proc, fork, _begin_worker, (write,)) as pool:
+    workers = min(num_proc, max(1, len(todo)))
+    with ProcessPoolExecutor(workers, fork, _begin_worker, (write, os.getpid())) as pool:
         running = [pool.submit(_work, index) for index in todo]
         done = len(paths) - len(todo)
         bar = tqdm(as_completed(running), "tokenizing", len(paths), initial=done, unit="shard")
@@ -117,7 +118,7 @@ def tokenize(blocks: Dataset, encode: Callable[[dict], Encoded], seed: int, path
             raise
 
 
-def _begin_worker(write: Callable[[int], None]) -> None:
+def _begin_worker(write: Callable[[int], None], parent: int) -> None:
     global _write
     _write = write
     # The pool ends its workers by SIGTERM. With the parent's handler a worker could survive it.
@@ -125,7 +126,7 @@ def _begin_worker(write: Callable[[int], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     datasets.disable_progress_bars()
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
 def _leave_with(parent: int) -> None:
