@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -89,6 +90,7 @@ def _begin_worker(*work) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
+    tqdm.set_lock(threading.RLock())  # otherwise a worker that is killed may hold the parent's
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     datasets.disable_progress_bars()
 
