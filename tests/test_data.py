@@ -257,13 +257,6 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path, tokenizer):
     assert (tmp_path / "p" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("settings", [dict(validation_fraction=1.0), dict(T=1), dict(name=".")])
-def test_senseless_settings_are_refused(tmp_path, tokenizer, settings, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError):
-        prepare_records(Path(""), tokenizer, make_texts(10), **settings)
-
-
 def test_the_seed_chooses_the_held_out_documents_and_equal_documents_stay_together(tmp_path, tokenizer):
     texts, held_out = make_texts(300, most=20), []
     for seed in (0, 1):

@@ -172,7 +172,7 @@ def test_the_first_few_of_many_bad_samples_are_named_by_line_and_all_are_counted
 def test_a_text_too_long_is_named_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_CHARACTERS", 5000)
     records = [*GOOD[:5], "x" * 9000, *GOOD[5:]]
-    with pytest.raises(ValueError, match="a.jsonl:6: column 'text' is longer than 5,000 characters: split"):
+    with pytest.raises(ValueError, match="a.jsonl:6: column 'text' has more than 5,000 characters: split"):
         prepare_records(tmp_path, small_tokenizer(), records)
     prepare_records(tmp_path, small_tokenizer(), records, skip_bad_samples=True)
     assert sum(facts(tmp_path / "p")["documents"].values()) == len(GOOD)
