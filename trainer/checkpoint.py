@@ -203,14 +203,23 @@ class Checkpoint:
                     f"{what} does not match its checksum: it was damaged after it was saved"
                 )
 
-    def read(self, name: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self,
+        name: str,
+        box: Box | None = None,
+        out: torch.Tensor | None = None,
+        expected: tuple | None = None,
+    ) -> torch.Tensor:
         """Copies a box of the tensor (default: all of it) into `out`, or into a new tensor on the CPU.
 
-        Raises CheckpointError if it is not all there.
+        Raises CheckpointError if it is not all there, or if the whole tensor's shape is not the expected one.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} holds no tensor {name}: it belongs to another model")
         dtype, shape = self.tensors[name]
+        if expected not in (None, shape):
+            wanted = f"this model's is {expected}: give the same model flags"
+            raise CheckpointError(f"{self.path}: {name} has shape {shape}, {wanted}")
         box = box or Box.whole(shape)
         out = torch.empty(box.shape, dtype=dtype) if out is None else out
         missing = box.size
