@@ -1,8 +1,8 @@
-"""Saving, loading, merging and exporting beside `cp` of the same bytes: python benchmarks/checkpoint.py [--gib 1.5] [--repeats 5]
+"""Saving, loading, merging and exporting beside `cp` of the same bytes: python benchmarks/checkpoint.py [--gib 1.5]
 
-One process, one rank, a model of plain matrices with Adam's two moments. Times are medians of interleaved repeats; the ratio is
-cp's time over ours (above 1: faster than cp). `cp` leaves its bytes in the page cache; ours are on the disk when it returns, so that
-`cp, then sync` is the fair figure and `cp` alone the hard one.
+One rank; a model of plain matrices with Adam's two moments. Times are medians of interleaved repeats. A ratio is
+cp's time over ours: above 1, ours is faster. `cp` leaves its bytes in the page cache, ours are on the disk when it
+returns: compare with `cp, then sync`.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainer import checkpoint  # noqa: E402
-from trainer.checkpoint import Checkpoint, Piece, Saver  # noqa: E402
-from trainer.tensorfile import Box, TensorFileWriter  # noqa: E402
+from trainer.checkpoint import Checkpoint, CheckpointName  # noqa: E402
+from trainer.saver import Saver  # noqa: E402
+from trainer.tensorfile import TensorFileWriter  # noqa: E402
 
 
 def seconds(action, *replaced: Path) -> float:
-    """Of the action alone: what it would replace is removed, and what was written before is on the disk."""
+    """The time of the action alone: what it would replace is removed first, and earlier writes are on the disk."""
     for path in replaced:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     os.sync()
@@ -44,42 +44,34 @@ def copy(source: Path, target: Path, sync: bool) -> None:
 def export(source: Path, target: Path) -> None:
     opened = Checkpoint.open(source)
     opened.verify()
-    specs = {
-        name: (torch.bfloat16, shape)
-        for name, (_, shape) in opened.tensors.items()
-        if name.startswith("model.")
-    }
+    specs = {name: (torch.bfloat16, shape) for name, shape in opened.shapes.items()}
     with TensorFileWriter(target, specs, {}) as writer:
-        for name in specs:
-            writer.add(name, opened.read(name).to(torch.bfloat16))
+        for name, tensor in opened.parameters():
+            writer.add(name, tensor.to(torch.bfloat16))
         writer.finish()
 
 
 def main(gib: float, repeats: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    matrices = max(1, round(gib * 2**30 / (3 * 4 * 2048 * 4096)))
-    names = [
-        f"{kind}.{index}{end}"
-        for index in range(matrices)
-        for kind, end in (("model", ""), *(("optimizer", e) for e in (".m", ".v")))
-    ]
-    pieces = [Piece(name, (2048, 4096), Box.whole((2048, 4096)), torch.randn(2048, 4096)) for name in names]
-    size = sum(piece.data.numel() * 4 for piece in pieces)
-    saver = Saver(folder / "ckpt", 1, dist.new_group(backend="gloo"))
-    last, merged, exported, copied = (
-        folder / "ckpt" / "last",
-        folder / "merged.ckpt",
-        folder / "exported",
-        folder / "copied",
-    )
-    state = {"step": 1, "world_size": 1}
+    matrices = range(max(1, round(gib * 2**30 / (3 * 4 * 2048 * 4096))))
+    names = [name for n in matrices for name in (f"model.{n}", f"optimizer.{n}.m", f"optimizer.{n}.v")]
+    tensors = {name: torch.randn(2048, 4096) for name in names}
+    size = sum(tensor.numel() * 4 for tensor in tensors.values())
+    group = dist.new_group(backend="gloo")
+    saver, background = (Saver(folder / "ckpt", 1, background, group, None) for background in (False, True))
+    last, merged = folder / "ckpt" / "last", folder / "merged.ckpt"
+    exported, copied = folder / "exported", folder / "copied"
+
+    def save(saver: Saver) -> None:
+        saver.save(CheckpointName(0, 1), tensors, {"step": 1}, "", time.perf_counter())
+
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
-        took = {"save": seconds(lambda: saver.save("0000-0001", pieces, state, ("last",)))}
-        saver.save("0000-0001", pieces, state, ("last",), in_background=True)
-        took["save in the background, blocked"] = saver.blocked_seconds
-        saver.wait()
-        took["save in the background, total"] = saver.total_seconds
+        took = {"save": seconds(lambda: save(saver))}
+        save(background)
+        took["save in the background, blocked"] = background.blocked_seconds
+        background.wait()
+        took["save in the background, total"] = background.total_seconds
         took["load and verify"] = seconds(
             lambda: [Checkpoint.open(last).verify(), *map(Checkpoint.open(last).read, names)]
         )
@@ -91,7 +83,7 @@ def main(gib: float, repeats: int, folder: Path) -> None:
             found.setdefault(name, []).append(value)
     dist.destroy_process_group()
     medians = {name: statistics.median(values) for name, values in found.items()}
-    print(f"{size / 2**30:.2f} GiB in {len(pieces)} tensors, {repeats} repeats, in {folder}")
+    print(f"{size / 2**30:.2f} GiB in {len(tensors)} tensors, {repeats} repeats, in {folder}")
     print(f"{'':36}{'seconds':>9}{'GiB/s':>8}{'of cp':>8}{'of cp + sync':>14}")
     for name, value in medians.items():
         ratios = [medians[reference] / value for reference in ("cp", "cp, then sync")]
