@@ -88,15 +88,26 @@ def build_model(
     mesh = parallel.build_mesh(device)
     parallel.parallelize(model, mesh, args.precision, options.recompute, options.compile)
     parallel.materialize(model, device)
-    prefix = getattr(model, "name_prefix", "")
-    names = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
+    names = parameter_names(model)
     if source:
         parallel.fill(names, _from_checkpoint(source))
-    elif files := (model.weight_files() if hasattr(model, "weight_files") else None):
+    else:
+        fill_initial(model, names)
+    return model, names
+
+
+def parameter_names(model: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
+    """The name of each parameter in checkpoints; tied parameters come once."""
+    prefix = getattr(model, "name_prefix", "")
+    return {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
+
+
+def fill_initial(model: torch.nn.Module, names: dict[torch.nn.Parameter, str]) -> None:
+    """Fills the parameters from the model's weight_files(), else from its initial_values()."""
+    if files := (model.weight_files() if hasattr(model, "weight_files") else None):
         parallel.fill(names, _from_files(files))
     elif hasattr(model, "initial_values"):
         parallel.fill(names, _from_scratch(model))
-    return model, names
 
 
 def _from_checkpoint(source: Checkpoint):
