@@ -1,234 +1,262 @@
-"""Runs our TrainerArgs on nnScaler 0.8: refuses what it cannot do, and translates the rest."""
+"""Runs our TrainerArgs on nnScaler 0.8: refuses what it cannot do, translates the rest, follows the run."""
 
+import json
 import logging
 import math
 import os
-import sys
-import tempfile
+import shutil
+import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import nnscaler
 import torch
 import torch.distributed as dist
-from nnscaler.cli import trainer as nnscaler_trainer
-from nnscaler.cli import trainer_args as theirs
-from nnscaler.graph.tracer import wrap_utils
-from nnscaler.graph.tracer.torch_fx_patcher import TorchFXPatcher
+from nnscaler import cli
+from nnscaler.graph import tracer
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
 from trainer import setup
-from trainer.args import NativeOptions, TrainerArgs, load_type
+from trainer.args import NativeOptions, TrainerArgs, TrainingFailed, load_type
 from trainer.checkpoint import checkpoints
-from trainer.nnscaler_engine.files import NnScalerCheckpoint
-from trainer.nnscaler_engine.hook import RunHook
+from trainer.loggers import RunLog, perplexity
+from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
 from trainer.sampler import GlobalBatchSampler
 from trainer.saver import set_aside
-from trainer.trainer import TrainState
-
-GENERATED = Path(".nnscaler")  # each run generates its code in a folder of its own in there
+from trainer.trainer import SIGTERM_EXIT_CODE, TrainState, peak_memory_gib
 
 
 class Trainer:
-    """Runs TrainerArgs on nnScaler 0.8, on every rank that torchrun started or on a single one without it.
+    """Runs TrainerArgs on nnScaler 0.8, on every rank that torchrun started or on one without it.
 
-    Raises ValueError for what the user can fix before training, TrainingFailed if the run breaks down. nnScaler
-    stops at the first step that is not finite, so `max_skipped_steps` has no effect.
+    Raises ValueError for what the user can fix before training, TrainingFailed if the run breaks down.
+    nnScaler stops at the first step that is not finite: `max_skipped_steps` has no effect.
     """
 
     def __init__(self, *, train_args: TrainerArgs, options: NativeOptions | None = None):
         self.args, self.options = train_args, options or NativeOptions()
+        self.save_dir = Path(train_args.checkpoint.save_dir)
         path = train_args.checkpoint.get_resume_checkpoint()
-        self.resume_path = path if path and path.exists() else None
-        self._refuse_unsupported()
-        # nnScaler unpickles whatever it resumes; this refuses a merged file that holds more than data.
-        self.resumed = NnScalerCheckpoint(path).state if self.resume_path else None
-        if self.resumed == {}:
-            fix = "start from its weights (--export_hf, then --model_id)"
-            raise ValueError(f"--resume_from: another script wrote {path}: {fix}")
+        self.resumed = path if path and path.exists() else None
+        # nnScaler unpickles what it resumes. Opening a merged file refuses one that holds more than data.
+        saved = NnScalerCheckpoint(path).state if self.resumed else {}
+        self.state = TrainState.from_dict(saved)
+        recompute = self.options.recompute
+        refusals = {
+            "--compile=on": self.options.compile,
+            "--async_save=on": self.options.async_save,
+            f"--recompute={recompute}: use none or full": recompute not in ("none", "full"),
+            "--recompute=full with --pas_policy=dp": (recompute, train_args.pas_policy) == ("full", "dp"),
+            f"--resume_from={path}, which another script wrote": self.resumed and not saved,
+            f"--save_dir={self.save_dir}, which is our engine's": saved and checkpoints(self.save_dir),
+        }
+        if problems := [f"--engine=nnscaler does not support {what}" for what in refusals if refusals[what]]:
+            raise ValueError("\n".join(problems))
 
     def run(self) -> None:
         """Trains to the end. A SIGTERM saves and exits with 143."""
-        _become_single_rank()
-        _adapt_to_torch()
-        logging.getLogger("nnscaler").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", "Length of .* dataset")  # our collate_fn fills short batches
-        save_dir = Path(self.args.checkpoint.save_dir)
-        holds_run = checkpoints(save_dir) or (save_dir / "last").exists()
-        if holds_run and not self.resumed and os.environ["RANK"] == "0":
-            set_aside(save_dir)
-        try:
-            nnscaler_trainer.Trainer(train_args=self._translated_args()).run()
-        finally:
-            if dist.is_initialized():
+        _adapt_surroundings()
+        if os.environ["RANK"] == "0" and not self.resumed and (self.save_dir / "last").exists():
+            set_aside(self.save_dir)
+        setup.seed_everything(self.args.seed, self.options.deterministic)
+        with setup.noted_signals() as signals:
+            hook = RunHook(self.args, self.options, self.state, signals)
+            try:
+                cli.Trainer(train_args=self._translate(hook)).run()
+            finally:
+                hook.log.close()
                 nnscaler.uninit()
 
-    def _refuse_unsupported(self) -> None:
-        options, save_dir = self.options, Path(self.args.checkpoint.save_dir)
-        refusals = (
-            (options.compile, "compiles no layers: use --compile=off"),
-            (options.async_save, "does not save in the background: use --async_save=off"),
-            (
-                options.recompute not in ("none", "full"),
-                "recomputes all layers or none: use --recompute=full",
-            ),
-            (
-                options.recompute == "full" and self.args.pas_policy == "dp",
-                "recomputes nothing with --pas_policy=dp: use --pas_policy=autodist or --recompute=none",
-            ),
-            (
-                self.resume_path and checkpoints(save_dir),
-                f"does not save among our engine's checkpoints in {save_dir}: name another --save_dir",
-            ),
-        )
-        if problems := [f"--engine=nnscaler {text}" for wanted, text in refusals if wanted]:
-            raise ValueError("\n".join(problems))
-
-    def _translated_args(self) -> "NnScalerArgs":
-        ours, options = self.args, self.options
+    def _translate(self, hook: "RunHook") -> "NnScalerArgs":
+        ours, mean = self.args, "per-token-mean"
         model_class = load_type(ours.model.type)
         traced_class = load_type(getattr(model_class, "for_tracing", model_class))
         for function, dims in getattr(traced_class, "whole_functions", {}).items():
             nnscaler.register_op(dims)(function)
-        recomputed = model_class.layer_class.__name__ if options.recompute == "full" else ""
-        bf16, optimizer_type = ours.precision == "bf16", load_type(ours.optimizer.type)
-        if bf16 and optimizer_type is torch.optim.AdamW:
-            optimizer_type = MixedPrecisionAdamW  # keeps fp32 master weights
-        mean = "per-token-mean"
-        schedule = ours.lr_scheduler
-        return NnScalerArgs(
-            ours=ours,
-            options=options,
-            resumed=self.resumed,
-            compute_config=nnscaler.ComputeConfig(
-                plan_ngpus=ours.compute_config.plan_ngpus,
-                runtime_ngpus=ours.compute_config.runtime_ngpus,
-                use_zero=True,
-                use_end2end=True,
-                pas_config={"recompute_modules": recomputed},
-            ),
-            pas_policy=ours.pas_policy,
-            model=theirs.ModelConfig(traced_class, ours.model.args),
-            optimizer=theirs.OptimizerConfig(
-                optimizer_type, ours.optimizer.args, ours.optimizer.clip_gnorm, mean, mean, sum_outputs
-            ),
-            dataset=theirs.DatasetConfig(ours.dataset.type, ours.dataset.train_args, ours.dataset.val_args),
-            lr_scheduler=schedule and theirs.LRSchedulerConfig(schedule.type, schedule.args, interval="step"),
-            checkpoint=theirs.CheckpointConfig(
-                save_dir=str(ours.checkpoint.save_dir),
-                every_n_train_steps=ours.checkpoint.every_n_train_steps or sys.maxsize,
-                keep_last_n_checkpoints=ours.checkpoint.keep_last_n_checkpoints,
-                save_best=bool(ours.dataset.val_args),  # else nnScaler compares training losses
-                resume_from=self.resume_path and theirs.ResumeOptions(str(self.resume_path)),
-            ),
-            # RoPE's frequencies are buffers, and too coarse in bf16.
+        recomputed = model_class.layer_class.__name__ if self.options.recompute == "full" else ""
+        plan = dict(use_zero=True, use_end2end=True, pas_config={"recompute_modules": recomputed})
+        schedule, config, adam = ours.lr_scheduler, ours.optimizer, load_type(ours.optimizer.type)
+        if ours.precision == "bf16" and adam is torch.optim.AdamW:
+            adam = MixedPrecisionAdamW  # it keeps fp32 master weights
+        resume = self.resumed and cli.trainer_args.ResumeOptions(str(self.resumed))
+        # Without a validation set, nnScaler would choose the best by training losses.
+        saves = {**vars(ours.checkpoint), "resume_from": resume, "save_best": bool(ours.dataset.val_args)}
+        order = dict(accumulation=ours.grad_accumulation_steps, seed=ours.seed, start=self.state.samples)
+        changed = dict(
+            compute_config=nnscaler.ComputeConfig(**vars(ours.compute_config), **plan),
+            # The code of another run may hold other weights or shapes.
+            gen_savedir=f".nnscaler/{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['MASTER_PORT']}",
+            gen_reuse="override",
+            model=cli.ModelConfig(traced_class, ours.model.args),
+            optimizer=cli.OptimizerConfig(adam, config.args, config.clip_gnorm, mean, mean, sum_outputs),
+            lr_scheduler=schedule and cli.LRSchedulerConfig(**vars(schedule), interval="step"),
+            dataset=cli.DatasetConfig(**vars(ours.dataset)),
+            dataset_sampler=cli.DatasetSamplerConfig(train_args=order),
+            dataloader=cli.DataloaderConfig(**vars(ours.dataloader)),
+            checkpoint=cli.CheckpointConfig(**saves),
+            # RoPE's frequencies are buffers, and bf16 is too coarse for them.
             precision={"param": ours.precision, "buffer": "fp32", "input": ours.precision},
-            micro_batch_size=ours.micro_batch_size,
-            global_batch_size=ours.global_batch_size,
-            max_train_steps=ours.max_train_steps,
-            val_every_n_train_steps=ours.val_every_n_train_steps,
-            val_every_n_epochs=None,
             enable_progress_bar=False,
-            log_progress_every_n_train_steps=None,
-            seed=ours.seed,
+            log=[],
+            hook=cli.HookConfig(lambda _: hook),
         )
+        return NnScalerArgs(**{**vars(ours), **changed})
 
 
-@dataclass
-class NnScalerArgs(theirs.TrainerArgs):
-    """nnScaler's arguments, which also create the parts of a run: this replaces the parts that must be ours."""
-
-    ours: TrainerArgs | None = None
-    options: NativeOptions | None = None
-    resumed: dict | None = None  # the state of the checkpoint to resume from
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.state = TrainState.from_dict(self.resumed or {})
+class NnScalerArgs(cli.TrainerArgs):
+    """nnScaler's arguments also create the parts of a run: this replaces the parts that must be ours."""
 
     def to_dict(self) -> dict:
-        """Goes into every shard."""
-        found = self.ours.to_dict()
-        found["checkpoint"]["save_type"] = "sharded"  # by which nnScaler knows a shard
-        return found
-
-    def init_env(self, trainer) -> None:
-        setup.seed_everything(self.seed, self.options.deterministic)
-        # nnScaler would reuse code generated from other weights or for other shapes.
-        GENERATED.mkdir(exist_ok=True)
-        folder = [tempfile.mkdtemp(dir=GENERATED) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(folder)
-        self.gen_savedir = folder[0]
+        """Goes into every shard; by save_type nnScaler knows that it is one."""
+        return {"checkpoint": {"save_type": "sharded"}}
 
     def create_model(self) -> torch.nn.Module:
-        """Fills in the weights: nnScaler starts from those of the model that it traces."""
+        """With its weights, because nnScaler starts from those of the model that it traces."""
         model = super().create_model()
         names = setup.parameter_names(model)
         for parameter in names:
             if parameter.is_meta:  # swapped in place, so that tied parameters stay tied
-                empty = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
-                torch.utils.swap_tensors(parameter, empty)
+                on_cpu = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                torch.utils.swap_tensors(parameter, on_cpu)
         setup.fill_initial(model, names)
         return model
 
     def create_dataloader(self, stage="train", dataset=None):
-        """One long epoch in our sample order, from where the resumed run stopped."""
+        """In our sample order, from where the resumed run stopped; to nnScaler the run is one epoch."""
         if dataset is None:
             return None
-        train, ranks, micro = stage == "train", self.scaling_factor, self.micro_batch_size
-        sampler = SizedSampler(
-            len(dataset),
-            micro,
-            self.update_freq if train else 1,
-            dist.get_rank() // self.compute_config.plan_ngpus,
-            ranks,
-            self.seed,
-            shuffle=train,
-            start=self.state.samples if train else 0,
-            stop=None if train else len(dataset),
-        )
-        steps = self.max_train_steps * self.update_freq
-        sampler.size = steps if train else math.ceil(len(dataset) / (micro * ranks))
+        place = dict(rank=dist.get_rank() // self.compute_config.plan_ngpus, world_size=self.scaling_factor)
+        order = dict(shuffle=False, stop=len(dataset)) if stage == "val" else self.dataset_sampler.train_args
+        sampler = GlobalBatchSampler(len(dataset), self.micro_batch_size, **place, **order)
         # The global generator's state must not depend on how many loaders were started.
-        options = dict(self.ours.dataloader.train_args, generator=torch.Generator())
+        options = dict(self.dataloader.train_args, generator=torch.Generator())
         return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, **options)
 
-    def create_hook(self) -> RunHook:
-        return RunHook(self)
 
-
-class SizedSampler(GlobalBatchSampler):
-    """`size` is the number of micro-batches of the whole run, or of one validation; nnScaler asks for it."""
-
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-
-def sum_outputs(outputs: list[tuple], group) -> theirs.AggregatedOutputs:
+def sum_outputs(outputs: list[tuple], group) -> cli.AggregatedOutputs:
     """Sums what forward returned over micro-batches and ranks."""
     sums = torch.stack([torch.stack((loss.double(), count.double())) for _, loss, count in outputs]).sum(0)
     dist.all_reduce(sums, group=group)
-    # NumPy's numbers, because their mean over no target is nan, which ends the run with a message.
-    loss_sum, targets = sums.cpu().numpy()
-    # nnScaler divides the training loss by num_tokens, and the validation loss by num_batches.
-    return theirs.AggregatedOutputs(loss_sum, num_batches=targets, num_tokens=targets or math.nan)
+    loss_sum, targets = sums.cpu().numpy()  # without targets the mean is nan, not an exception
+    # nnScaler divides training losses by num_tokens, and validation losses by num_batches.
+    return cli.AggregatedOutputs(loss_sum, num_batches=targets, num_tokens=targets or math.nan)
 
 
-def _become_single_rank() -> None:
-    """Sets what torchrun would, without which nnScaler does not start."""
-    if "RANK" not in os.environ:
-        rank = {name: "0" for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_PORT")}  # 0: any free port
-        world = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {**rank, **world, "TORCHELASTIC_RUN_ID": "none"}
-
-
-def _adapt_to_torch() -> None:
-    """Works around two places where nnScaler's tracer does not know torch 2.13."""
-    table = wrap_utils.default_autowrap_leaf_function
+def _adapt_surroundings() -> None:
+    """Sets what torchrun sets, and repairs two places where nnScaler's tracer does not know torch 2.13."""
+    alone = dict(RANK="0", LOCAL_RANK="0", GROUP_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    alone |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCHELASTIC_RUN_ID=str(os.getpid()))
+    os.environ |= {**alone, **os.environ}
+    table = tracer.wrap_utils.default_autowrap_leaf_function
     for function in [f for f in table if "pybind11_detail" in str(getattr(f, "__qualname__", ""))]:
         del table[function]  # torch lists the name, but has no such function
-    is_impure = TorchFXPatcher.is_impure_new
-    TorchFXPatcher.is_impure_new = staticmethod(lambda node, *_, **__: is_impure(node))
+    patcher = tracer.torch_fx_patcher.TorchFXPatcher
+    is_impure = patcher.is_impure_new
+    patcher.is_impure_new = staticmethod(lambda node, *_, **__: is_impure(node))
+    logging.getLogger("nnscaler").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Length of .* dataset")  # our collate_fn fills short batches
+
+
+class RunHook(cli.train_hook.TrainHook):
+    """Counts, logs, saves when nnScaler does not, and repairs what it loads; nnScaler calls it on every rank.
+
+    state: of the resumed checkpoint, or a fresh one. signals: which ones arrived (setup.noted_signals).
+    """
+
+    def __init__(self, args: TrainerArgs, options: NativeOptions, state: TrainState, signals: dict):
+        self.args, self.options, self.state, self.signals = args, options, state, signals
+        self.log = RunLog(args.log, int(os.environ["RANK"]))
+        self.peak_gib = 0.0
+        self.on_train_end = load_type(args.hook.on_train_end or self.on_train_end)
+
+    def after_load_checkpoint(self, trainer, content) -> None:
+        self.log.info("resumed at step %d of %d", self.state.step, self.args.max_train_steps)
+        trainer.dataloader_resumed = True  # else nnScaler draws and drops the batches before this step
+        for moments in trainer.optimizer.state.values():
+            # All parameters of a merged file share one step tensor, which each of them would advance.
+            moments["step"] = moments["step"].clone()
+        for group in trainer.optimizer.param_groups:
+            group.pop("initial_lr", None)
+            group.update(self.args.optimizer.args)  # this run's, not those of the checkpoint
+        trainer.lr_scheduler = trainer.train_args.create_lr_scheduler(trainer.optimizer)
+        for _ in range(self.state.step if trainer.lr_scheduler else 0):
+            trainer.lr_scheduler.step()
+
+    def after_setup(self, trainer) -> None:
+        if trainer.local_rank == 0:  # all ranks have loaded the generated code
+            shutil.rmtree(trainer.train_args.gen_savedir)
+
+    def on_train_start(self, trainer) -> None:
+        self.log.open(self.args.to_dict(), self.state.step)
+        trainer.train_status.best_loss = self.state.best_val_loss or math.inf
+        if self.options.validate_first and self.state.step == 0:
+            trainer._validate(cli.trainer._StepStat())
+
+    def on_train_step_start(self, trainer, batches) -> None:
+        self.began, self.val_loss = time.perf_counter(), math.nan
+        self.step_tokens = sum(int(batch["num_tokens"]) for batch in batches)
+
+    def after_gnorm_clip(self, trainer, gnorm) -> None:
+        if not math.isfinite(gnorm):
+            what = f"the gradient norm of step {self.state.step + 1} is {gnorm.item()}"
+            raise TrainingFailed(f"{what}: lower --learning_rate, then --resume_from=last")
+
+    def after_optimizer_step(self, trainer) -> None:
+        # nnScaler resets the device's peak before it logs.
+        self.peak_gib = max(self.peak_gib, peak_memory_gib(torch.device("cuda")))
+
+    def before_log_train_metrics(self, trainer, metrics, aggregated) -> None:
+        """Counts the step, and logs it under our names."""
+        state, device, size = self.state, torch.cuda.current_device(), len(trainer.dataset["train"])
+        tokens = torch.tensor(self.step_tokens, device=device)
+        dist.all_reduce(tokens, group=trainer.sync_group)
+        largest = torch.tensor([self.peak_gib, *self.signals.values()], dtype=torch.float64, device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        self.peak_gib, self.terminated, self.save_wanted = largest.tolist()
+        epoch, seconds = state.samples // size, time.perf_counter() - self.began
+        state.step, state.updates = state.step + 1, state.updates + 1
+        state.samples += self.args.global_batch_size
+        state.tokens += tokens.item()
+        self.epoch_ended = state.samples // size > epoch
+        row = {"epoch": epoch, **{name: metrics[name] for name in ("train_loss", "lr", "gnorm")}}
+        speed = {"tokens_per_second": tokens.item() / seconds, "step_seconds": seconds}
+        row |= {"tokens": state.tokens, **speed, "peak_memory_gib": self.peak_gib}
+        self.log.write(state.step, row, "train")
+        self.log.progress(state.step, self.args.max_train_steps, row)
+
+    def before_log_val_metrics(self, trainer, metrics) -> None:
+        self.val_loss = metrics["val_loss"]
+        row = {"val_loss": self.val_loss, "perplexity": perplexity(self.val_loss)}
+        self.log.write(self.state.step, row, "val")
+        self.log.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *row.values())
+
+    def on_step_end(self, trainer, epoch, idx, metrics, aggregated) -> None:
+        """Saves where nnScaler does not: at an epoch's end, and when a signal asks for it."""
+        if self.state.step == self.args.max_train_steps:
+            return  # nnScaler saves the last step
+        if self.terminated or self.save_wanted:
+            self.signals.update(dict.fromkeys(self.signals, False))
+            trainer._save_checkpoint(math.nan)  # at once, without a validation; nan is never the best loss
+        elif self.epoch_ended and not self.args.checkpoint.every_n_train_steps:
+            trainer._validate_and_save(cli.trainer._StepStat(train_loss=math.nan))
+        if self.terminated:
+            self.log.info("SIGTERM: saved and stopping; --resume_from=last continues from here")
+            raise SystemExit(SIGTERM_EXIT_CODE)
+
+    def on_save_checkpoint(self, trainer, content: dict) -> None:
+        """Adds our state to the shard; rank 0 also writes it beside the shards."""
+        if is_best := self.val_loss <= trainer.train_status.best_loss:
+            self.state.best_val_loss = self.val_loss
+        total = self.args.global_batch_size
+        state = {**vars(self.state), "global_batch_size": total, "config": self.args.to_dict()}
+        if hook := self.args.hook.on_save_checkpoint:
+            load_type(hook)(trainer, state)
+        content["trainer_state"] = json.dumps(state)
+        if trainer.rank == 0:
+            folder = Path(self.args.checkpoint.save_dir, f"0000-{self.state.step:04d}")  # one long epoch
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STATE_FILE).write_text(content["trainer_state"])
+            for link in ("last", "best")[: 1 + is_best]:  # those that nnScaler moves to this checkpoint
+                for path in folder.parent.glob(f"{link}/*.ckpt"):
+                    if int(path.stem) >= trainer.world_size:
+                        path.unlink()  # of a run on more ranks
