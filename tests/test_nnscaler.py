@@ -1,4 +1,4 @@
-"""nnScaler 0.8 itself under train.py, on a CPU: it trains as our engine does, resumes, merges, and exports."""
+"""nnScaler 0.8 itself under train.py, on a CPU: it trains as our engine does, resumes, merges, exports."""
 
 import functools
 import json
@@ -186,6 +186,6 @@ def test_what_nnscaler_cannot_do_is_refused_in_a_sentence(runs, whole):
         ("native", theirs): "--engine=nnscaler wrote",
     }
     for (engine, *more), sentence in cases.items():
-        flags = runs.argv("refused", f"--engine={engine}", *more)
-        done = python(ON_CPU, "train.py", *flags, check=False)
+        more = runs.argv("refused", f"--engine={engine}", *more)
+        done = python(ON_CPU, "train.py", *more, check=False)
         assert done.returncode == 2 and sentence in done.stderr, done.stderr[-2000:]
