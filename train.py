@@ -195,7 +195,9 @@ def build_trainer(args):
             fix = "prepare it with a larger --validation_fraction"
             raise ValueError(f"{args.dataset_path} has no validation samples: {fix}")
         if args.resume_from and not resumed:
-            raise ValueError(f"--resume_from={args.resume_from}: {args.save_dir} has no such checkpoint")
+            raise ValueError(
+                f"--resume_from={args.resume_from}: there is no such checkpoint in {args.save_dir}"
+            )
     else:
         samples = len(data.open_split(**train_args.dataset.train_args))
         if samples < train_args.global_batch_size:
@@ -236,7 +238,9 @@ def trainer_args(args, config, resumed: dict | None):
         log=[interface.LogConfig(logger_class, log_dir) for logger_class in logs],
         hook=interface.HookMapConfig(
             # With these, exporting a checkpoint does not need this run's flags.
-            on_save_checkpoint=lambda _, s: s.update(model=config.to_dict(), tokenizer_id=args.tokenizer_id),
+            on_save_checkpoint=lambda _, state: state.update(
+                config=chosen(args, *FLAGS), model=config.to_dict()
+            ),
             on_train_end=lambda _: draw_curves(args.log_dir),
         ),
         **batch_sizes(args, resumed),
@@ -347,9 +351,9 @@ def export_checkpoint(args, path: Path, folder: Path, dtype: str | None):
     source = engine.open_checkpoint(path)
     source.verify()
     state = source.state
-    tokenizer_id = args.given.get("tokenizer_id") or state.get("tokenizer_id") or args.tokenizer_id
-    tokenizer = assets.load_tokenizer(tokenizer_id)
-    # nnScaler's own demo saves neither configuration nor precision: the flags must describe its model.
+    # nnScaler's own demo saves no flags and no configuration: this command's flags must describe its model.
+    flags = {**vars(args), **state.get("config", {}), **args.given}
+    tokenizer = assets.load_tokenizer(flags["tokenizer_id"])
     config = state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict()
     dtype = dtype or state.get("config", {}).get("precision", args.precision)
     export_hf(folder, config, tokenizer, source.shapes, source.parameters(), dtype, TensorFileWriter)
@@ -408,7 +412,7 @@ def world_size() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM after a save."""
+    """Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM after a save."""
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     for noisy in ("httpx", "datasets", "torch.distributed"):

@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,9 +18,10 @@ from helpers.runs import ROOT, environment, rows, run_cases
 from safetensors.torch import load_file, save_file
 
 import train
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, CheckpointError
-from trainer.tensorfile import Box, TensorFileReader, TensorFileWriter
+from trainer import checkpoint, setup
+from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName
+from trainer.saver import Saver
+from trainer.tensorfile import Box, TensorFileReader, TensorFileWriter, file_digest
 
 SHARDS = ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors")
 
@@ -66,74 +69,51 @@ def swap(one: Path, other: Path) -> None:
     other.write_bytes(kept)
 
 
-# What is done to (newest, before), and what the sentence must say.
+def replace(path: Path, make) -> None:
+    path.unlink()
+    make(path)
+
+
+S0, S1, MANIFEST = *SHARDS, checkpoint.MANIFEST
+# What is done to the newest checkpoint and the one before, and what the sentence must say.
 FAULTS = {
-    "shard cut by a byte": (
-        lambda c, b: (c / SHARDS[0]).write_bytes((c / SHARDS[0]).read_bytes()[:-1]),
-        [SHARDS[0], "bytes"],
-    ),
-    "shard cut in half": (lambda c, b: cut(c / SHARDS[1], 0.5), [SHARDS[1], "bytes"]),
-    "shard empty": (lambda c, b: cut(c / SHARDS[0], 0), [SHARDS[0], "0 bytes"]),
-    "shard grown": (
-        lambda c, b: (c / SHARDS[0]).write_bytes((c / SHARDS[0]).read_bytes() + b"x"),
-        [SHARDS[0], "bytes"],
-    ),
-    "bit flipped in the first byte": (lambda c, b: flip(c / SHARDS[0], 0), [SHARDS[0]]),
-    "bit flipped in the header": (lambda c, b: flip(c / SHARDS[0], 200), [SHARDS[0]]),
-    "bit flipped in the middle": (
-        lambda c, b: flip(c / SHARDS[1], (c / SHARDS[1]).stat().st_size // 2),
-        [SHARDS[1], "checksum"],
-    ),
-    "bit flipped in the last byte": (lambda c, b: flip(c / SHARDS[0], -1), [SHARDS[0], "checksum"]),
-    "shard missing": (lambda c, b: (c / SHARDS[1]).unlink(), [SHARDS[1], "missing"]),
-    "all shards missing": (lambda c, b: [(c / s).unlink() for s in SHARDS], [SHARDS[0], "missing"]),
-    "shard is a folder": (
-        lambda c, b: ((c / SHARDS[0]).unlink(), (c / SHARDS[0]).mkdir()),
-        [SHARDS[0], "missing"],
-    ),
+    "shard cut by a byte": (lambda c, b: cut(c / S0, 0.9999), [S0, "bytes"]),
+    "shard cut in half": (lambda c, b: cut(c / S1, 0.5), [S1, "bytes"]),
+    "shard empty": (lambda c, b: cut(c / S0, 0), [S0, "0 bytes"]),
+    "shard grown": (lambda c, b: (c / S0).write_bytes((c / S0).read_bytes() + b"x"), [S0, "bytes"]),
+    "bit flipped in the first byte": (lambda c, b: flip(c / S0, 0), [S0]),
+    "bit flipped in the header": (lambda c, b: flip(c / S0, 200), [S0]),
+    "bit flipped in the middle": (lambda c, b: flip(c / S1, (c / S1).stat().st_size // 2), [S1, "checksum"]),
+    "bit flipped in the last byte": (lambda c, b: flip(c / S0, -1), [S0, "checksum"]),
+    "shard missing": (lambda c, b: (c / S1).unlink(), [S1, "missing"]),
+    "all shards missing": (lambda c, b: [(c / s).unlink() for s in SHARDS], [S0, "missing"]),
+    "shard is a folder": (lambda c, b: replace(c / S0, Path.mkdir), [S0, "missing"]),
     "shard is a dangling link": (
-        lambda c, b: ((c / SHARDS[0]).unlink(), (c / SHARDS[0]).symlink_to("gone")),
-        [SHARDS[0], "missing"],
+        lambda c, b: replace(c / S0, lambda p: p.symlink_to("gone")),
+        [S0, "missing"],
     ),
-    "shard of another step": (lambda c, b: shutil.copy(b / SHARDS[0], c / SHARDS[0]), [SHARDS[0]]),
-    "shards exchanged": (lambda c, b: swap(c / SHARDS[0], c / SHARDS[1]), ["shard-0000"]),
-    "shard of zeros": (
-        lambda c, b: (c / SHARDS[0]).write_bytes(bytes((c / SHARDS[0]).stat().st_size)),
-        [SHARDS[0]],
-    ),
-    "shard is a pickle": (lambda c, b: (c / SHARDS[0]).write_bytes(pickle.dumps([1])), [SHARDS[0], "bytes"]),
-    "manifest missing": (lambda c, b: (c / "manifest.json").unlink(), [checkpoint.MANIFEST]),
-    "manifest empty": (lambda c, b: cut(c / "manifest.json", 0), [checkpoint.MANIFEST]),
-    "manifest cut": (lambda c, b: cut(c / "manifest.json", 0.7), [checkpoint.MANIFEST]),
-    "manifest no JSON": (lambda c, b: (c / "manifest.json").write_text("step: 4"), [checkpoint.MANIFEST]),
-    "manifest not UTF-8": (
-        lambda c, b: (c / "manifest.json").write_bytes(b"\xff\xfe\x00"),
-        [checkpoint.MANIFEST],
-    ),
-    "manifest a list": (lambda c, b: (c / "manifest.json").write_text("[]"), [checkpoint.MANIFEST]),
-    "manifest of another step": (lambda c, b: shutil.copy(b / "manifest.json", c), ["shard-0000"]),
-    "manifest lies about the step": (
-        lambda c, b: edit(c / "manifest.json", lambda m: m["state"].update(step=9)),
-        ["manifest.json", "own"],
-    ),
-    "manifest lies about a size": (
-        lambda c, b: edit(c / "manifest.json", lambda m: m["files"][SHARDS[0]].update(size=1)),
-        [checkpoint.MANIFEST, "own checksum"],
-    ),
-    "manifest lies about a checksum": (
-        lambda c, b: edit(c / "manifest.json", lambda m: m["files"][SHARDS[0]].update(xxh3_128="0" * 32)),
-        [checkpoint.MANIFEST, "own checksum"],
-    ),
-    "manifest leaves a shard out": (
-        lambda c, b: edit(c / "manifest.json", lambda m: m["files"].pop(SHARDS[1])),
-        [checkpoint.MANIFEST, "own checksum"],
-    ),
-    "manifest names a file outside": (
-        lambda c, b: edit(
-            c / "manifest.json", lambda m: m["files"].update({"../../x": {"size": 1, "xxh3_128": ""}})
-        ),
-        [checkpoint.MANIFEST, "own checksum"],
-    ),
+    "shard of another step": (lambda c, b: shutil.copy(b / S0, c / S0), [S0]),
+    "shards exchanged": (lambda c, b: swap(c / S0, c / S1), ["shard-0000"]),
+    "shard of zeros": (lambda c, b: (c / S0).write_bytes(bytes((c / S0).stat().st_size)), [S0]),
+    "shard is a pickle": (lambda c, b: (c / S0).write_bytes(pickle.dumps([1])), [S0, "bytes"]),
+    "manifest missing": (lambda c, b: (c / MANIFEST).unlink(), [MANIFEST]),
+    "manifest empty": (lambda c, b: cut(c / MANIFEST, 0), [MANIFEST]),
+    "manifest cut": (lambda c, b: cut(c / MANIFEST, 0.7), [MANIFEST]),
+    "manifest no JSON": (lambda c, b: (c / MANIFEST).write_text("step: 4"), [MANIFEST]),
+    "manifest not UTF-8": (lambda c, b: (c / MANIFEST).write_bytes(b"\xff\xfe\x00"), [MANIFEST]),
+    "manifest a list": (lambda c, b: (c / MANIFEST).write_text("[]"), [MANIFEST]),
+    "manifest of another step": (lambda c, b: shutil.copy(b / MANIFEST, c), ["shard-0000"]),
+}
+LIES = {
+    "the step": lambda m: m["state"].update(step=9),
+    "a size": lambda m: m["files"][S0].update(size=1),
+    "a checksum": lambda m: m["files"][S0].update(xxh3_128="0" * 32),
+    "the shards": lambda m: m["files"].pop(S1),
+    "a file outside": lambda m: m["files"].update({"../../x": {"size": 1, "xxh3_128": ""}}),
+}
+FAULTS |= {
+    f"manifest lies about {what}": (lambda c, b, lie=lie: edit(c / MANIFEST, lie), [MANIFEST, "own checksum"])
+    for what, lie in LIES.items()
 }
 
 
@@ -278,21 +258,15 @@ def test_left_overs_are_cleaned_up_and_other_peoples_files_are_not(broken, flags
 
 
 def test_keeping_the_last_n_never_deletes_the_newest_or_the_best(flags, tmp_path):
-    common = [
-        *flags,
-        "--global_batch_size=4",
-        "--save_every_n_train_steps=1",
-        f"--save_dir={tmp_path / 'c'}",
-        f"--log_dir={tmp_path / 'l'}",
-    ]
-    assert (
-        train.main([*common, "--max_train_steps=5", "--keep_last_n_checkpoints=2", "--learning_rate=1e-2"])
-        == 0
-    )
+    folders = [f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}"]
+    run = [*flags, *folders, "--global_batch_size=4", "--save_every_n_train_steps=1", "--learning_rate=1e-2"]
+    assert train.main([*run, "--max_train_steps=5", "--keep_last_n_checkpoints=2"]) == 0
     kept = {path.name.split("-")[1] for path in checkpoint.checkpoints(tmp_path / "c")}
     best = min(rows(tmp_path / "l", "val_loss").values(), key=lambda row: row["val_loss"])["step"]
     assert kept == {"0004", "0005", f"{best:04d}"}
     assert (tmp_path / "c" / "best").resolve().name.endswith(f"{best:04d}")
+    validated = {path.name.split(".")[0][-4:] for path in (tmp_path / "c").glob("*.validation.json")}
+    assert validated == kept
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(broken, flags, tmp_path):
@@ -347,132 +321,141 @@ def test_saving_in_the_background_gives_the_same_files(flags, tmp_path):
 
 
 def test_random_number_generators_are_part_of_a_checkpoint():
-    import random
-
-    import numpy as np
-
-    before = checkpoint.rng_state()
+    before = setup.rng_state()
     first = (random.random(), np.random.rand(), torch.rand(1).item())
     assert (random.random(), np.random.rand(), torch.rand(1).item()) != first
-    checkpoint.set_rng_state(before)
+    setup.set_rng_state(before)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
 
 
 # ---------------------------------------------------------------- the file format
 
 
-def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
-    tensors = {
-        "a": torch.randn(5, 3),
-        "b": torch.arange(4),
-        "c": torch.randn(2, 2).bfloat16(),
-        "empty": torch.empty(0, 3),
-        "one": torch.tensor(2.0),
-    }
-    with TensorFileWriter(
-        tmp_path / "ours",
-        {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()},
-        {"k": "v"},
-        "file",
-    ) as writer:
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict:
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorFileWriter(path, specs, metadata) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-        entry = writer.finish()
-    assert entry["size"] == (tmp_path / "ours").stat().st_size
+        return writer.finish()
+
+
+def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
+    tensors = {"a": torch.randn(5, 3), "b": torch.arange(4), "c": torch.randn(2, 2).bfloat16()}
+    tensors |= {"empty": torch.empty(0, 3), "one": torch.tensor(2.0)}
+    assert write(tmp_path / "ours", tensors, {"k": "v"})["size"] == (tmp_path / "ours").stat().st_size
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "ours").items())
     save_file(tensors, tmp_path / "theirs")
     reader = TensorFileReader(tmp_path / "theirs")
-    assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(reader.read(name, Box.whole(t.shape)), t) for name, t in tensors.items())
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
-        Box((0, 0, 0), (4, 3, 2)),
-        Box((1, 0, 0), (2, 3, 2)),
-        Box((1, 1, 0), (3, 2, 1)),
-        Box((4, 0, 0), (0, 3, 2)),
-    ],
-)
-def test_any_box_of_a_tensor_can_be_read(tmp_path, box):
-    tensor = torch.randn(4, 3, 2)
-    save_file({"t": tensor}, tmp_path / "f")
-    assert torch.equal(TensorFileReader(tmp_path / "f").read("t", box), tensor[box.slices])
+def boxed_file(path: Path, matrix: torch.Tensor, box: Box) -> TensorFileReader:
+    boxes = json.dumps({"m": [list(matrix.shape), box.offsets]})
+    write(path, {"m": matrix[box.slices].contiguous()}, {"rng": "", "boxes": boxes})
+    return TensorFileReader(path)
 
 
-@pytest.fixture(scope="module")
-def alone():
+def test_tensors_sharded_in_two_dims_are_put_together(tmp_path):
+    """As tensor parallelism would save them: four boxes of one matrix, read back whole and in parts."""
+    matrix = torch.randn(6, 4)
+    quarters = [Box((r, c), (3, 2)) for r in (0, 3) for c in (0, 2)]
+    boxes = {box: boxed_file(tmp_path / str(index), matrix, box) for index, box in enumerate(quarters)}
+    whole = Checkpoint(tmp_path, {}, {"m": (torch.float32, (6, 4))}, {"m": boxes})
+    assert torch.equal(whole.read("m"), matrix)
+    assert torch.equal(whole.read("m", Box((2, 1), (3, 2))), matrix[2:5, 1:3])
+    boxes.pop(quarters[3])
+    with pytest.raises(CheckpointError, match="elements of tensor m are missing"):
+        whole.read("m")
+
+
+def test_a_box_that_two_ranks_hold_counts_once(tmp_path):
+    """As replicas would save it, if each of them did: a half that is missing is noticed all the same."""
+    matrix, half = torch.randn(6, 4), Box((0, 0), (3, 4))
+    for index in range(2):
+        boxed_file(tmp_path / f"shard-{index}", matrix, half)
+    files = {
+        path.name: {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
+        for path in tmp_path.glob("shard*")
+    }
+    body = {"state": {}, "files": files}
+    (tmp_path / MANIFEST).write_text(json.dumps({**body, "checksum": checkpoint.json_digest(body)}))
+    opened = Checkpoint.open(tmp_path)
+    opened.verify()
+    assert torch.equal(opened.read("m", half), matrix[:3])
+    with pytest.raises(CheckpointError, match="12 of 24 elements of tensor m are missing"):
+        opened.read("m")
+
+
+# ---------------------------------------------------------------- the saver
+
+
+@pytest.fixture
+def saver(tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
+    yield Saver(tmp_path, 2, False, dist.new_group(backend="gloo"))
     dist.destroy_process_group()
 
 
-def test_tensors_sharded_in_two_dims_are_put_together(tmp_path, alone):
-    """As tensor parallelism will save them: four boxes of one matrix, read back whole and in parts."""
-    matrix = torch.randn(6, 4)
-    quarters = [Box((r, c), (3, 2)) for r in (0, 3) for c in (0, 2)]
-    parts = []
-    for index, box in enumerate(quarters):
-        with TensorFileWriter(
-            tmp_path / f"{index}",
-            {"m": (torch.float32, box.shape)},
-            {"rng": "", "boxes": json.dumps({"m": [[6, 4], box.offsets]})},
-        ) as file:
-            file.add("m", matrix[box.slices].contiguous())
-            file.finish()
-        parts.append((TensorFileReader(tmp_path / f"{index}"), box))
-    whole = Checkpoint(tmp_path, {}, {"m": (torch.float32, (6, 4))}, {"m": parts}, {})
-    assert torch.equal(whole.read("m"), matrix)
-    assert torch.equal(whole.read("m", Box((2, 1), (3, 2))), matrix[2:5, 1:3])
-    holed = Checkpoint(tmp_path, {}, {"m": (torch.float32, (6, 4))}, {"m": parts[:3]}, {})
-    with pytest.raises(CheckpointError, match="elements of tensor m are missing"):
-        holed.read("m")
+def name(step: int) -> CheckpointName:
+    return CheckpointName(0, step)
 
 
-def test_what_json_makes_of_the_state_is_what_is_checked(tmp_path, alone):
-    saver = checkpoint.Saver(tmp_path, None, dist.new_group(backend="gloo"))
-    state = {
-        "model": {"id2label": {number: f"LABEL_{number}" for number in range(12)}}
-    }  # keys sort otherwise as strings
-    saver.save("0000-0001", [], state, ("last",))
+def steps(save_dir: Path) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(save_dir)]
+
+
+def test_what_json_makes_of_the_state_is_what_is_checked(tmp_path, saver):
+    # keys sort differently as strings
+    state = {"model": {"id2label": {number: f"LABEL_{number}" for number in range(12)}}}
+    saver.save(name(1), {}, state, "", 0.0)
     assert Checkpoint.open(tmp_path / "last").state["model"]["id2label"]["10"] == "LABEL_10"
 
 
-def test_checkpoints_of_an_abandoned_future_are_neither_counted_nor_preferred(tmp_path, alone):
-    saver = checkpoint.Saver(tmp_path, 2, dist.new_group(backend="gloo"))
-    for step in (5, 6, 2, 3, 4):  # 5 and 6 came of a run that was then continued from 1
-        saver.save(f"0000-000{step}", [], {"step": step}, ("last",))
-    assert len(checkpoint.checkpoints(tmp_path)) == 5  # until the last has proved good
+def test_checkpoints_of_an_abandoned_future_are_neither_counted_nor_preferred(tmp_path, saver):
+    for step in (5, 6, 2, 3, 4):  # a run left 5 and 6; then it continued from 1
+        saver.save(name(step), {}, {"step": step}, "", 0.0)
+        saver.record_validation(name(step), 10.0 - step)
     saver.prune()
-    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["6", "5", "4", "3"]
-    assert [path.name[-1] for path in checkpoint.candidates(tmp_path, "last")] == ["4", "3", "6", "5"]
+    assert steps(tmp_path) == [
+        6,
+        5,
+        4,
+        3,
+        2,
+    ]  # nothing is removed before a step has succeeded from the newest
+    saver.confirm()
+    saver.prune()
+    assert steps(tmp_path) == [6, 5, 4, 3]
+    assert [checkpoint.step_of(path) for path in checkpoint.candidates(tmp_path, "last")] == [4, 3, 6, 5]
+    assert (tmp_path / "best").resolve().name == "0000-0004"
+
+
+def test_a_checkpoint_that_proves_bad_is_withdrawn(tmp_path, saver):
+    saver.save(name(1), {}, {}, "", 0.0)
+    saver.confirm()
+    saver.save(name(2), {}, {}, "", 0.0)
+    saver.discard_newest()
+    assert steps(tmp_path) == [1] and (tmp_path / "last").readlink() == Path("0000-0001")
+    assert saver.last_good() == f"the last good checkpoint is {tmp_path / '0000-0001'}"
+
+
+def test_a_second_save_waits_for_the_first(tmp_path, saver):
+    data, saver.background = torch.randn(1000, 1000), True
+    for step in (1, 2, 3):
+        data.add_(1)
+        saver.save(name(step), {"model.w": data}, {"step": step}, "", 0.0)
+        expected = data.clone()
+        data.add_(100)  # training continues in the same memory
+    saver.wait()
+    assert torch.equal(Checkpoint.open(tmp_path / "last").read("model.w"), expected)
+    assert steps(tmp_path) == [3, 2, 1]
 
 
 def test_a_failed_save_in_the_background_stops_the_run_at_the_next_step(flags, tmp_path, monkeypatch):
-    common = [
-        *flags,
-        "--global_batch_size=4",
-        f"--save_dir={tmp_path / 'c'}",
-        f"--log_dir={tmp_path / 'l'}",
-        "--max_train_steps=60",
-    ]
-    monkeypatch.setattr(
-        checkpoint, "_write_json", lambda path, value: open("/dev/full", "w", buffering=1).write("x\n")
-    )
-    assert train.main([*common, "--async_save=on", "--save_every_n_train_steps=30"]) == 1
+    folders = [f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}"]
+    run = [*flags, *folders, "--global_batch_size=4", "--max_train_steps=60", "--save_every_n_train_steps=30"]
+    full = lambda path, value: open("/dev/full", "w", buffering=1).write("x\n")  # noqa: E731
+    monkeypatch.setattr("trainer.saver._write_json", full)
+    assert train.main([*run, "--async_save=on", "--max_val_samples=1"]) == 1
     assert 30 <= max(rows(tmp_path / "l", "train_loss")) < 60
     assert not (tmp_path / "c" / "last").exists()
-
-
-def test_a_second_save_waits_for_the_first(tmp_path, alone):
-    saver = checkpoint.Saver(tmp_path, None, dist.new_group(backend="gloo"))
-    data = torch.randn(1000, 1000)
-    for step in (1, 2, 3):
-        data.add_(1)
-        piece = checkpoint.Piece("model.w", (1000, 1000), Box.whole((1000, 1000)), data)
-        saver.save(f"0000-000{step}", [piece], {"step": step}, ("last",), in_background=True)
-        expected = data.clone()
-        data.add_(100)  # training goes on in the same memory
-    saver.wait()
-    assert torch.equal(Checkpoint.open(tmp_path / "last").read("model.w"), expected)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["0000-0003", "0000-0002", "0000-0001"]

@@ -13,6 +13,7 @@ from helpers.runs import ROOT, environment, make_model, python, rows, run_cases,
 
 import train
 from trainer.checkpoint import Checkpoint
+from trainer.sampler import load_batches
 
 EXACT = ("train_loss", "lr", "gnorm", "tokens", "epoch")
 
@@ -134,16 +135,10 @@ def test_sigterm_saves_and_stops_at_a_step_of_all_ranks(launch, heavier, tmp_pat
     source.verify()
     assert source.state["step"] == stopped
     run_cases(tmp_path, 2, {"rest": [*run, "--resume_from=last", f"--max_train_steps={stopped + 3}"]})
-    whole = [
-        *heavier,
-        f"--save_dir={tmp_path / 'whole'}",
-        f"--log_dir={tmp_path / 'whole-log'}",
-        f"--max_train_steps={stopped + 3}",
-    ]
-    run_cases(tmp_path, 2, {"whole": whole})
-    assert exact(tmp_path / "log") == exact(tmp_path / "whole-log") and same_weights(
-        tmp_path / "ckpt", tmp_path / "whole"
-    )
+    whole = [f"--save_dir={tmp_path / 'whole'}", f"--log_dir={tmp_path / 'whole-log'}"]
+    run_cases(tmp_path, 2, {"whole": [*heavier, *whole, f"--max_train_steps={stopped + 3}"]})
+    assert exact(tmp_path / "log") == exact(tmp_path / "whole-log")
+    assert same_weights(tmp_path / "ckpt", tmp_path / "whole")
 
 
 def test_a_rank_stopped_by_sigterm_exits_with_143(launch, heavier, tmp_path):
@@ -167,7 +162,7 @@ def test_a_rank_stopped_by_sigterm_exits_with_143(launch, heavier, tmp_path):
     assert Checkpoint.open(tmp_path / "c" / "last").state["step"] > saved
 
 
-def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path):
+def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path, monkeypatch):
     def trainer(name, *more):
         folders = [f"--save_dir={tmp_path / name / 'ckpt'}", f"--log_dir={tmp_path / name / 'log'}"]
         every = ["--save_every_n_train_steps=2", "--max_train_steps=5", "--global_batch_size=4"]
@@ -175,20 +170,20 @@ def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path):
 
     stopped, seen = trainer("stopped"), []
 
-    def stop_in_the_second_validation(_, __):
-        seen.append(stopped.state.step)
-        if seen.count(4) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def stop_in_the_second_validation(dataset, *rest):
+        for batch in load_batches(dataset, *rest):
+            if dataset is stopped.val_set:
+                seen.append(stopped.state.step)
+            if seen.count(4) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
-    stopped.hooks["on_val_step_end"] = stop_in_the_second_validation
-    with pytest.raises(SystemExit) as left:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr("trainer.trainer.load_batches", stop_in_the_second_validation)
         stopped.run()
     assert left.value.code == 143 and seen.count(4) == 2 < seen.count(2)
-    ckpt = tmp_path / "stopped" / "ckpt"
-    assert (
-        Checkpoint.open(ckpt / "last").state["step"] == 4
-        and Checkpoint.open(ckpt / "best").state["step"] == 2
-    )
+    ckpt, whole = tmp_path / "stopped" / "ckpt", tmp_path / "whole" / "ckpt"
+    assert [Checkpoint.open(ckpt / link).state["step"] for link in ("last", "best")] == [4, 2]
     assert list(rows(tmp_path / "stopped" / "log", "val_loss")) == [2]
     trainer("stopped", "--resume_from=last").run()
     trainer("whole").run()
@@ -198,9 +193,10 @@ def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path):
         assert {step: row[key] for step, row in one.items()} == {
             step: row[key] for step, row in other.items()
         }
-    assert same_weights(ckpt, tmp_path / "whole" / "ckpt")
-    for link in ("last", "best"):
-        assert (ckpt / link).readlink() == (tmp_path / "whole" / "ckpt" / link).readlink()
+    assert same_weights(ckpt, whole)
+    assert [(ckpt / link).readlink() for link in ("last", "best")] == [
+        (whole / link).readlink() for link in ("last", "best")
+    ]
 
 
 def test_torchrun_restarts_carry_on_by_themselves(launch, heavier, tmp_path):

@@ -181,9 +181,9 @@ def test_what_nnscaler_cannot_do_is_refused_in_a_sentence(runs, whole):
         ("nnscaler", "--async_save=on"): "does not support --async_save=on",
         ("nnscaler", "--recompute=1"): "does not support --recompute=1",
         ("nnscaler", f"--resume_from={runs.folder / 'evil.ckpt'}"): "is no merged checkpoint",
-        ("nnscaler", f"--resume_from={runs.folder / 'ours' / 'ckpt' / 'last'}"): "--engine=native wrote",
+        ("nnscaler", f"--resume_from={runs.folder / 'ours' / 'ckpt' / 'last'}"): "the other engine wrote",
         ("nnscaler", theirs, f"--save_dir={runs.folder / 'ours' / 'ckpt'}"): "which is our engine's",
-        ("native", theirs): "--engine=nnscaler wrote",
+        ("native", theirs): "the other engine wrote",
     }
     for (engine, *more), sentence in cases.items():
         more = runs.argv("refused", f"--engine={engine}", *more)

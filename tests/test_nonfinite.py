@@ -115,20 +115,20 @@ def test_a_run_that_explodes_keeps_what_was_good_and_names_it(flags, tmp_path):
     Checkpoint.open(tmp_path / "c" / "0000-0003").verify()
 
 
-def test_what_has_no_finite_validation_loss_is_not_saved(flags, tmp_path):
+def test_what_has_no_finite_validation_loss_is_not_kept(flags, tmp_path):
     out = [f"--save_dir={tmp_path / 'c'}", f"--log_dir={tmp_path / 'l'}"]
     exploding = ["--learning_rate=1e38", "--clip_gnorm=0", "--max_train_steps=1"]
     done = python("train.py", *flags, *out, "--global_batch_size=4", *exploding, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
-        "the validation loss of step 1 is nan, so that step is not saved: no checkpoint was saved before"
+        "the validation loss of step 1 is nan, so that step does not count: no checkpoint was saved before"
         in done.stderr
     )
     assert (
         rows(tmp_path / "l", "val_loss")[1]["val_loss"] is None
         and "NaN" not in (tmp_path / "l" / "metrics.jsonl").read_text()
     )
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "c" / "last").exists() and not list((tmp_path / "c").glob("0*"))
 
 
 def test_after_too_many_in_a_row_the_run_stops_and_saves_nothing(run, poisoned):

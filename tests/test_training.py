@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import threading
 
 import datasets
 import pytest
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM
 import train
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import GlobalBatchSampler
-from trainer.loader import _made_ahead as _ahead
 
 RANKS = (1, 2, 4)
 GLOBAL_BATCH = 8
@@ -361,25 +359,3 @@ def test_a_resume_with_nothing_to_do_touches_no_file(runs, flags, tmp_path):
                   f"--save_dir={run / 'ckpt'}", f"--log_dir={run / 'log'}")  # fmt: skip
     assert "nothing to do" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_batches_are_made_before_they_are_asked_for_and_in_order():
-    made, fifth = [], threading.Event()
-
-    def items():
-        for number in range(8):
-            made.append(number)
-            if number == 4:
-                fifth.set()
-            yield number
-        raise OSError("the disk is gone")
-
-    batches = _ahead(items())
-    assert made == []  # nothing runs before training does
-    assert next(batches) == 0
-    assert fifth.wait(timeout=60), "four more are made while the first is used"
-    assert max(made) <= 5  # and no more than that
-    assert [next(batches) for _ in range(7)] == [1, 2, 3, 4, 5, 6, 7]
-    with pytest.raises(OSError, match="the disk is gone"):  # where the batch would have come
-        next(batches)
-    assert list(_ahead(range(10))) == list(range(10)) and list(_ahead([None, 1])) == [None, 1]

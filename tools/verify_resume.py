@@ -1,4 +1,4 @@
-"""Trains, kills, resumes, and compares with an undisturbed run bit for bit: on this machine, with these flags."""
+"""Trains, kills, resumes, and compares with an undisturbed run bit for bit, with the user's flags."""
 
 import logging
 import os
@@ -16,57 +16,48 @@ logger = logging.getLogger(__name__)
 
 COMPARED = ("epoch", "train_loss", "lr", "gnorm", "tokens", "val_loss", "perplexity")
 # Flags of train.py that this tool sets itself.
-OWN = (
-    "verify_resume",
-    "save_dir",
-    "log_dir",
-    "max_train_steps",
-    "save_every_n_train_steps",
-    "deterministic",
-    "world_size",
-)
+OWN = {"verify_resume", "save_dir", "log_dir", "max_train_steps", "save_every_n_train_steps"}
+OWN |= {"deterministic", "world_size"}
 
 
 def verify(script: Path, given: dict, folder: Path, ranks: int, steps: int) -> str | None:
-    """Returns the first difference between a killed, resumed run and an undisturbed one; None if they are equal.
+    """Returns the first difference between a killed, resumed run and an undisturbed one; None if equal.
 
-    given: train.py's explicit flags. folder: emptied first, and removed if the runs are equal. Raises ValueError if
-    a run cannot be started or killed.
+    given: train.py's explicit flags. folder: emptied first, and removed if the runs are equal. Raises
+    ValueError if a run cannot be started or killed.
     """
     if steps < 4:
         raise ValueError(f"--verify_resume with --max_train_steps={steps}: a kill needs at least 4 steps")
     shutil.rmtree(folder, ignore_errors=True)
     every = max(1, steps // 4)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        str(script),
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    flags = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in given.items()
+        if name not in OWN
     ]
-    flags = [f"--{k}" if value is True else f"--{k}={value}" for k, value in given.items() if k not in OWN]
     flags += [f"--max_train_steps={steps}", f"--save_every_n_train_steps={every}", "--deterministic"]
 
-    def command(run: str, *more: str) -> list[str]:
+    def start(run: str, *more: str) -> subprocess.Popen:
         folders = [f"--save_dir={folder / run / 'checkpoints'}", f"--log_dir={folder / run / 'log'}"]
-        return [*launcher, *flags, *folders, *more]
+        (folder / run).mkdir(parents=True, exist_ok=True)
+        with open(folder / "output.txt", "a") as output:
+            command = [*launcher, str(script), *flags, *folders, *more]
+            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
     logger.info("1 of 3: %d steps undisturbed on %d ranks", steps, ranks)
-    if _run(command("whole"), folder):
+    if _finish(start("whole")):
         raise ValueError(f"the undisturbed run failed; {folder / 'output.txt'} ends with:\n{_tail(folder)}")
     for _ in range(5):  # a fast run may end before the kill: try again
-        during_save, step = random.random() < 0.5, random.randint(1, min(3, (steps - 1) // every)) * every
-        logger.info(
-            "2 of 3: the same, killed %s step %d", "while saving" if during_save else "some time after", step
-        )
+        step = random.randint(1, min(3, (steps - 1) // every)) * every  # this step is saved
+        logger.info("2 of 3: the same, killed about the time when step %d is saved", step)
         shutil.rmtree(folder / "killed", ignore_errors=True)
-        if _kill_at(_start(command("killed"), folder), folder / "killed", step, during_save):
+        if _kill_after(start("killed"), folder / "killed" / "log", step):
             break
     else:
         raise ValueError("the run ends too soon to be killed: give more --max_train_steps")
     logger.info("3 of 3: resumed from the last checkpoint")
-    if _run(command("killed", "--resume_from=last"), folder):
+    if _finish(start("killed", "--resume_from=last")):
         return f"the resumed run failed; {folder / 'output.txt'} ends with:\n{_tail(folder)}"
     difference = first_difference(folder / "whole", folder / "killed")
     if difference is None:
@@ -82,15 +73,8 @@ def _tail(folder: Path) -> str:
     )
 
 
-def _start(command: list[str], folder: Path) -> subprocess.Popen:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "output.txt", "a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def _run(command: list[str], folder: Path) -> int:
+def _finish(process: subprocess.Popen) -> int:
     """Returns the exit code; an exception here ends the run too."""
-    process = _start(command, folder)
     try:
         return process.wait()
     finally:
@@ -106,16 +90,14 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _kill_at(process: subprocess.Popen, run: Path, step: int, during_save: bool) -> bool:
-    """Kills the run once it has logged the step, and begun to save it if `during_save`; False: it ended before."""
-    saved = f"{step:04d}"
+def _kill_after(process: subprocess.Popen, log_dir: Path, step: int) -> bool:
+    """Kills the run up to 0.2 s after it has logged the step; False: it ended before."""
     try:
         while process.poll() is None:
-            logged = (run / "log" / "metrics.jsonl").exists() and any(
-                row["step"] >= step for row in read_metrics(run / "log")
-            )
-            if logged and (not during_save or any((run / "checkpoints").glob(f"*{saved}"))):
-                time.sleep(random.uniform(0, 0.05 if during_save else 0.5))
+            if (log_dir / "metrics.jsonl").exists() and any(
+                row["step"] >= step for row in read_metrics(log_dir)
+            ):
+                time.sleep(random.uniform(0, 0.2))
                 break
             time.sleep(0.001)
         return process.poll() is None
@@ -129,14 +111,11 @@ def first_difference(whole: Path, resumed: Path) -> str | None:
 
     from trainer.checkpoint import Checkpoint
 
-    one, other = (
-        {
-            (row["step"], "val_loss" in row): row
-            for row in read_metrics(run / "log")
-            if "save_total_seconds" not in row
-        }
-        for run in (whole, resumed)
-    )
+    def steps(run: Path) -> dict[tuple, dict]:
+        rows = [row for row in read_metrics(run / "log") if "save_total_seconds" not in row]
+        return {(row["step"], "val_loss" in row): row for row in rows}
+
+    one, other = steps(whole), steps(resumed)
     for key in sorted(one.keys() | other.keys()):
         for name in COMPARED:
             first, second = one.get(key, {}).get(name), other.get(key, {}).get(name)

@@ -1,1 +1,1 @@
-"""How a model is trained: nnScaler's Trainer interface on PyTorch's own distributed engine. Knows nothing of Llama."""
+"""How a model is trained: nnScaler's Trainer interface, on PyTorch's own engine or on nnScaler's."""

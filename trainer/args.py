@@ -3,19 +3,14 @@
 Names and meaning are nnScaler's. `NativeOptions` holds what nnScaler's interface has no field for.
 """
 
-import logging
-import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
-
-TypeOrName = str | Callable[..., Any]
 PRECISIONS = ("fp32", "bf16")
 PAS_POLICIES = ("autodist", "dp")
 
@@ -25,33 +20,27 @@ class TrainingFailed(RuntimeError):
 
 
 class TrainableModel(Protocol):
-    """What an engine asks of a model.
+    """What an engine asks of a model; all but forward is optional.
 
-    `forward(batch)` returns (loss summed over the batch's targets, the same detached, number of targets). A batch
-    is a dict of tensors; its `num_tokens` counts the tokens in it. Every other member is optional:
-
-    `layer_class`: the class of the repeated layer. Layers are sharded, recomputed and compiled one by one.
+    `forward(batch)` returns (loss summed over the batch's targets, the same detached, number of targets). A
+    batch is a dict of tensors; its `num_tokens` counts the tokens in it.
+    `layer_class`: the class of the repeated layer, which is sharded, recomputed and compiled one by one.
     `sharded_alone`: other large modules that are gathered one at a time.
     `name_prefix`: the wrapper's prefix (such as "model."), which checkpoints leave out of parameter names.
-    `for_tracing`: a class with the same parameters and loss that nnScaler can trace. Its `whole_functions` maps each
-    function that nnScaler must not trace into to the dims of its tensors, in nnScaler's notation.
+    `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its `whole_functions`
+    maps each function that nnScaler must not trace into to the dims of its tensors, in nnScaler's notation.
     """
 
     layer_class: type
     sharded_alone: "list[torch.nn.Module]"
     name_prefix: str
-    for_tracing: TypeOrName
+    for_tracing: str
 
     def weight_files(self) -> "dict[str, Path] | None":
-        """Checkpoint name of each parameter -> the safetensors file with its value; None: train from scratch."""
+        """Checkpoint name of each parameter -> the safetensors file that holds it; None: train from scratch."""
 
     def initial_values(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Elements [start, stop) of the flattened fresh parameter: fp32, a function of seed and name only."""
-
-
-def load_type(type_or_name: TypeOrName) -> Any:
-    """Returns the class or function itself, importing it if it is given by its dotted name."""
-    return pkgutil.resolve_name(type_or_name) if isinstance(type_or_name, str) else type_or_name
 
 
 @dataclass(frozen=True)
@@ -66,15 +55,15 @@ class ComputeConfig:
 class ModelConfig:
     """`type(**args)` is the model, a TrainableModel."""
 
-    type: TypeOrName
+    type: Callable
     args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class OptimizerConfig:
-    """`type(parameters, **args)` is the optimizer. The gradient norm is logged even if `clip_gnorm` is 0 (off)."""
+    """`type(parameters, **args)` is the optimizer. `clip_gnorm` 0 turns clipping off, not the logged norm."""
 
-    type: TypeOrName
+    type: Callable
     args: dict[str, Any] = field(default_factory=dict)
     clip_gnorm: float = 0.0
 
@@ -83,7 +72,7 @@ class OptimizerConfig:
 class LRSchedulerConfig:
     """`type(optimizer, **args)` is the schedule, stepped after each optimizer step."""
 
-    type: TypeOrName
+    type: Callable
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +80,7 @@ class LRSchedulerConfig:
 class DatasetConfig:
     """`type(**train_args)` is the training set; without `val_args` there is no validation set."""
 
-    type: TypeOrName
+    type: Callable
     train_args: dict[str, Any] = field(default_factory=dict)
     val_args: dict[str, Any] = field(default_factory=dict)
 
@@ -107,51 +96,24 @@ class DataloaderConfig:
 
 
 @dataclass
-class ResumeOptions:
-    """`checkpoint` is 'last' or 'best' of save_dir, a checkpoint folder, or a merged file."""
-
-    checkpoint: str | Path = "last"
-
-
-@dataclass
 class CheckpointConfig:
     """Where to save and what to resume from. Without `every_n_train_steps`, each epoch's end saves.
 
-    A missing 'last' or 'best' is a warning and a fresh start, any other missing path an error. `resume_from` may be
-    a plain string too (nnScaler crashes on one).
+    `resume_from` is 'last' or 'best' of save_dir, a checkpoint folder, or a merged file (nnScaler wraps it in
+    ResumeOptions). A missing 'last' or 'best' means a fresh start.
     """
 
     save_dir: str | Path = "./checkpoints"
     every_n_train_steps: int | None = None
     keep_last_n_checkpoints: int | None = None
-    resume_from: ResumeOptions | None = None
-
-    def __post_init__(self):
-        if isinstance(self.resume_from, (str, Path)):
-            self.resume_from = ResumeOptions(self.resume_from)
-        if not self.resume_from:
-            return
-        wanted, path = str(self.resume_from.checkpoint), self.get_resume_checkpoint()
-        if wanted in ("last", "best") and not path.exists():
-            logger.warning("WARNING: %s has no checkpoint '%s': training starts fresh", self.save_dir, wanted)
-        elif not path.exists():
-            raise ValueError(
-                f"resume_from: {path} does not exist; give 'last', 'best', a checkpoint folder or a merged file"
-            )
-
-    def get_resume_checkpoint(self) -> Path | None:
-        """The path that `resume_from` names, which may not exist; None: a fresh start."""
-        if not self.resume_from:
-            return None
-        wanted = self.resume_from.checkpoint
-        return Path(self.save_dir) / wanted if str(wanted) in ("last", "best") else Path(wanted)
+    resume_from: str | Path | None = None
 
 
 @dataclass
 class LogConfig:
     """`type(**args)` is a logger (trainer.loggers)."""
 
-    type: TypeOrName
+    type: Callable
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -163,15 +125,15 @@ class HookMapConfig:
     on_train_end(trainer) runs after the last step's save and validation.
     """
 
-    on_save_checkpoint: TypeOrName | None = None
-    on_train_end: TypeOrName | None = None
+    on_save_checkpoint: Callable | None = None
+    on_train_end: Callable | None = None
 
 
 @dataclass
 class NativeOptions:
-    """Options that nnScaler's interface has no field for. Its engine takes the first three and refuses the rest.
+    """Options that nnScaler's interface has no field for. Its engine refuses all but the first three.
 
-    recompute: 'none', 'full', or how many layers recompute their activations during backward (nnScaler: none, full).
+    recompute: 'none', 'full', or the number of layers that recompute their activations (not with nnScaler).
     validate_first: validate before the first step, and log the result as step 0.
     max_skipped_steps: stop after so many steps in a row with a loss or gradient norm that is not finite.
     """
@@ -188,9 +150,9 @@ class NativeOptions:
 class TrainerArgs:
     """Everything that a Trainer needs.
 
-    `micro_batch_size` counts the samples in one forward of a rank, `global_batch_size` those in an optimizer step.
-    If neither it nor `grad_accumulation_steps` is given, accumulation is 1; if one is given, the other follows.
-    The logged loss and the gradient are means over all valid targets of the global batch (nnScaler's
+    `micro_batch_size` counts the samples in one forward of a rank, `global_batch_size` those in an optimizer
+    step. If neither it nor `grad_accumulation_steps` is given, accumulation is 1; if one is given, the other
+    follows. The logged loss and the gradient are means over all valid targets of the global batch (nnScaler's
     per-token-mean). Precision 'bf16' keeps buffers in fp32 (nnScaler rounds them, which breaks RoPE).
     """
 
@@ -224,45 +186,23 @@ class TrainerArgs:
         ranks = self.scaling_factor
         samples = self.micro_batch_size * ranks  # in one forward of every data-parallel rank
         given = f"micro_batch_size {self.micro_batch_size} x {ranks} data-parallel ranks"
-        if not self.global_batch_size:
+        total = self.global_batch_size
+        if not total:
             self.grad_accumulation_steps = self.grad_accumulation_steps or 1
             self.global_batch_size = samples * self.grad_accumulation_steps
-        elif self.global_batch_size % samples:
-            fit = [
-                n
-                for n in range(1, self.global_batch_size // ranks + 1)
-                if self.global_batch_size % (n * ranks) == 0
-            ]
+        elif total % samples:
+            fit = [n for n in range(1, total // ranks + 1) if total % (n * ranks) == 0]
             near = sorted(sorted(fit, key=lambda n: abs(n - self.micro_batch_size))[:2])
             fix = f"micro_batch_size {' or '.join(map(str, near))}" if near else f"a multiple of {samples}"
-            return [f"{given} does not divide global_batch_size {self.global_batch_size}: use {fix}"]
+            return [f"{given} does not divide global_batch_size {total}: use {fix}"]
         elif not self.grad_accumulation_steps:
-            self.grad_accumulation_steps = self.global_batch_size // samples
-        elif self.global_batch_size != (total := samples * self.grad_accumulation_steps):
-            product = f"{given} x grad_accumulation_steps {self.grad_accumulation_steps} = {total}"
-            return [f"{product} is not global_batch_size {self.global_batch_size}: give one of the two"]
+            self.grad_accumulation_steps = total // samples
+        elif total != (product := samples * self.grad_accumulation_steps):
+            given += f" x grad_accumulation_steps {self.grad_accumulation_steps} = {product}"
+            return [f"{given} is not global_batch_size {total}: give one of the two"]
         return []
 
     @property
     def scaling_factor(self) -> int:
         """The data-parallel degree."""
         return self.compute_config.runtime_ngpus // self.compute_config.plan_ngpus
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: callables by their dotted names, paths as strings."""
-        return _plain(self)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    named = value if hasattr(value, "__qualname__") else type(value)  # never an object's address
-    return f"{named.__module__}.{named.__qualname__}"

@@ -1,14 +1,13 @@
 """Checkpoints for reading: open and verify them, read any part on any world size, merge them into one file.
 
-On disk: `<save_dir>/{epoch:04d}-{step:04d}/` with `manifest.json` and one safetensors shard per rank. A shard holds
-the rank's boxes of the global tensors, and its metadata says where each box lies. `last` and `best` are symbolic
-links. The loss of a validation lies beside the folder, because it is known only after the save.
+On disk: `<save_dir>/{epoch:04d}-{step:04d}/` with `manifest.json` and one safetensors shard per rank. A shard
+holds the rank's boxes of the global tensors, and its metadata says where each box lies. `last` and `best` are
+symbolic links. A validation's loss lies beside the folder, because it is known only after the save.
 """
 
 import contextlib
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from trainer.tensorfile import CHUNK_BYTES, Box, TensorFileReader, TensorFileWriter, file_digest
+from trainer.tensorfile import Box, TensorFileReader, TensorFileWriter, file_digest
 
 MANIFEST = "manifest.json"
 
@@ -49,7 +48,7 @@ def saving_path(folder: Path) -> Path:
 
 
 def replaced_path(folder: Path) -> Path:
-    """Where an older checkpoint of the same name waits until the new one has its name, or is being deleted."""
+    """Where an older checkpoint of that name waits until the new one has the name, or is being deleted."""
     return folder.with_name(f".replaced-{folder.name}")
 
 
@@ -61,17 +60,15 @@ def validation_path(folder: Path) -> Path:
 def checkpoints(save_dir: Path) -> list[Path]:
     """Finished checkpoint folders, the newest step first."""
     found = [
-        path
-        for path in save_dir.glob("*-*")
-        if CheckpointName.parse(path.name) and (path / MANIFEST).is_file()
+        path for path in save_dir.glob("*-*") if step_of(path) is not None and (path / MANIFEST).is_file()
     ]
     return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name; 0 for another name."""
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for another name."""
     name = CheckpointName.parse(folder.name)
-    return name.step if name else 0
+    return name.step if name else None
 
 
 def candidates(save_dir: Path, which: str) -> list[Path]:
@@ -84,10 +81,10 @@ def candidates(save_dir: Path, which: str) -> list[Path]:
     # A save that was killed between its two renames left the checkpoint under its other name.
     found = [path for folder in named for path in (folder, replaced_path(folder)) if path.is_dir()]
     if which == "last":
-        others = [path for path in checkpoints(save_dir) if path not in named]
         # Checkpoints newer than `last` belong to an abandoned run: try them last.
-        newest = step_of(named[0]) if named else math.inf
-        found += sorted(others, key=lambda path: step_of(path) > newest)
+        newest = step_of(named[0]) if named else None
+        others = [path for path in checkpoints(save_dir) if path not in named]
+        found += sorted(others, key=lambda path: newest is not None and step_of(path) > newest)
     return found
 
 
@@ -101,23 +98,20 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        state, files, checksum = manifest["state"], manifest["files"], manifest["checksum"]
+        body, checksum = {"state": manifest["state"], "files": manifest["files"]}, manifest["checksum"]
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error!r}): it was damaged after it was saved"
-        ) from None
-    if json_digest({"state": state, "files": files}) != checksum:
+        raise CheckpointError(f"{path} was damaged after it was saved: {error!r}") from None
+    if json_digest(body) != checksum:
         raise CheckpointError(f"{path} does not match its own checksum: it was altered after it was saved")
-    for name, entry in files.items():
+    for name, entry in body["files"].items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing: the checkpoint is not whole")
-        if (size := (folder / name).stat().st_size) != entry["size"]:
-            raise CheckpointError(
-                f"{folder / name} has {size} bytes, {entry['size']} were saved: it was damaged after it was saved"
-            )
-    return manifest
+        size, saved = (folder / name).stat().st_size, entry["size"]
+        if size != saved:
+            raise CheckpointError(f"{folder / name} has {size} bytes, {saved} were saved: it was damaged")
+    return body
 
 
 def read_validation(folder: Path) -> float | None:
@@ -130,24 +124,25 @@ def read_validation(folder: Path) -> float | None:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint opened for reading: a folder of shards, or a merged file.
+    """Tensors opened for reading: a folder of shards, a merged file, or a pretrained model's files.
 
-    state: what was given to save (step, epoch, samples, world_size, ...). tensors: name -> (dtype, whole shape).
-    boxes: name -> {box: the file that holds it}. checks: (what, expected checksum, function that computes it).
+    state: what was given to save (step, epoch, samples, world_size, ...).
+    tensors: name -> (dtype, whole shape). boxes: name -> {box: the file that holds it}.
+    checks: (what, expected checksum, function that computes it).
     rng: the random state of each rank (a merged file has none). val_loss: None if it was not validated.
     """
 
     path: Path
-    state: dict
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(repr=False)
-    boxes: dict[str, dict[Box, TensorFileReader]] = field(repr=False)
+    state: dict = field(default_factory=dict)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(repr=False, default_factory=dict)
+    boxes: dict[str, dict[Box, TensorFileReader]] = field(repr=False, default_factory=dict)
     checks: list[tuple[str, str, Callable[[], str]]] = field(repr=False, default_factory=list)
     rng: list[str] = field(repr=False, default_factory=list)
     val_loss: float | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Reads the headers and checks every file's size; raises CheckpointError if the checkpoint is not whole."""
+        """Reads the headers and checks every file's size; raises CheckpointError if it is not whole."""
         path = Path(path).resolve()
         try:
             return cls._open_folder(path) if path.is_dir() else cls._open_merged(path)
@@ -159,46 +154,53 @@ class Checkpoint:
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
         manifest = read_manifest(path)
-        opened = cls(path, manifest["state"], {}, {}, val_loss=read_validation(path))
+        opened = cls(path, manifest["state"], val_loss=read_validation(path))
         for name, entry in sorted(manifest["files"].items()):
-            reader = TensorFileReader(path / name)
-            opened.checks.append(
-                (str(path / name), entry["xxh3_128"], functools.partial(file_digest, path / name))
-            )
+            file = path / name
+            reader = TensorFileReader(file)
+            opened.checks.append((str(file), entry["xxh3_128"], functools.partial(file_digest, file)))
             try:
                 opened.rng.append(reader.metadata["rng"])
                 for key, (shape, offsets) in json.loads(reader.metadata["boxes"]).items():
                     dtype, held_shape = reader.tensors[key]
                     opened.tensors[key] = (dtype, tuple(shape))
-                    # Ranks that hold the same box (replicas) count once.
+                    # A box that several ranks hold (replicas) counts once.
                     opened.boxes.setdefault(key, {})[Box(tuple(offsets), held_shape)] = reader
             except (KeyError, ValueError, TypeError) as error:
-                raise CheckpointError(
-                    f"{path / name} is damaged: its header makes no sense ({error!r})"
-                ) from None
+                raise CheckpointError(f"{file} is damaged: its header makes no sense ({error!r})") from None
         return opened
 
     @classmethod
     def _open_merged(cls, path: Path) -> "Checkpoint":
         reader = TensorFileReader(path)
         if "state" not in reader.metadata:
-            raise CheckpointError(
-                f"{path} holds no training state: give a checkpoint folder, or a file that --merge_checkpoint wrote"
-            )
+            fix = "give a checkpoint folder, or a file from --merge_checkpoint"
+            raise CheckpointError(f"{path} holds no training state: {fix}")
         state, digests = json.loads(reader.metadata["state"]), json.loads(reader.metadata["digests"])
         if json_digest(state) != reader.metadata.get("state_digest") or set(digests) != set(reader.tensors):
-            raise CheckpointError(
-                f"{path}: its metadata was altered after it was merged: merge the checkpoint again"
-            )
-        boxes = {name: {Box.whole(shape): reader} for name, (_, shape) in reader.tensors.items()}
-        checks = [
-            (f"{path}, tensor {name}", digest, functools.partial(reader.tensor_digest, name))
-            for name, digest in sorted(digests.items())
-        ]
-        return cls(path, state, reader.tensors, boxes, checks, val_loss=state.get("val_loss"))
+            raise CheckpointError(f"{path}: its metadata was altered: merge the checkpoint again")
+        opened = cls(path, state, val_loss=state["val_loss"])
+        for name, digest in sorted(digests.items()):
+            opened._add_whole(name, reader)
+            compute = functools.partial(reader.tensor_digest, name)
+            opened.checks.append((f"{path}, tensor {name}", digest, compute))
+        return opened
+
+    @classmethod
+    def of_weights(cls, files: dict[str, Path]) -> "Checkpoint":
+        """A pretrained model's weights: name -> file. It has no state and no checksums."""
+        opened = cls(next(iter(files.values())).parent)
+        readers = {path: TensorFileReader(path) for path in set(files.values())}
+        for name, path in files.items():
+            opened._add_whole(name, readers[path])
+        return opened
+
+    def _add_whole(self, name: str, reader: TensorFileReader) -> None:
+        self.tensors[name] = reader.tensors[name]
+        self.boxes[name] = {Box.whole(reader.tensors[name][1]): reader}
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Checks every `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
+        """Checks each `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
         for what, expected, compute in self.checks[part::parts]:
             try:
                 found = compute()
@@ -206,16 +208,16 @@ class Checkpoint:
                 raise CheckpointError(f"{what} cannot be read: {error}") from None
             if found != expected:
                 raise CheckpointError(
-                    f"{what}: the contents do not match the checksum: damaged or exchanged after it was saved"
+                    f"{what} does not match its checksum: it was damaged after it was saved"
                 )
 
     def read(self, name: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Copies a box of the tensor (default: all of it) into `out`, or into a new tensor on the CPU.
 
-        Raises CheckpointError if the checkpoint does not hold all of it.
+        Raises CheckpointError if it is not all there.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {name}: it was saved from another model")
+            raise CheckpointError(f"{self.path} holds no tensor {name}: it belongs to another model")
         dtype, shape = self.tensors[name]
         box = box or Box.whole(shape)
         out = torch.empty(box.shape, dtype=dtype) if out is None else out
@@ -231,26 +233,11 @@ class Checkpoint:
             )
         return out
 
-    def read_rows(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in runs of whole rows; each run reuses the memory of the one before."""
-        dtype, shape = self.tensors[name]
-        if not shape:
-            yield self.read(name)
-            return
-        rows = max(1, CHUNK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
-        memory = torch.empty((min(rows, shape[0]), *shape[1:]), dtype=dtype)
-        for first in range(0, shape[0], rows):
-            box = Box((first, *[0] * (len(shape) - 1)), (min(rows, shape[0] - first), *shape[1:]))
-            yield self.read(name, box, out=memory[: box.shape[0]])
-
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> whole shape."""
-        return {
-            n.removeprefix("model."): shape
-            for n, (_, shape) in self.tensors.items()
-            if n.startswith("model.")
-        }
+        model = [name for name in self.tensors if name.startswith("model.")]
+        return {name.removeprefix("model."): self.tensors[name][1] for name in model}
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every model parameter, one at a time."""
@@ -259,23 +246,23 @@ class Checkpoint:
 
 
 def merge(source: str | Path, out_file: str | Path) -> Path:
-    """Merges a checkpoint folder into one safetensors file, a few rows at a time; raises CheckpointError.
+    """Merges a checkpoint folder into one safetensors file, a tensor at a time; raises CheckpointError.
 
-    One pass verifies the shards, a second one copies. The file's metadata holds the state and each tensor's checksum.
+    One pass verifies the shards, a second one copies. The metadata holds the state and each tensor's checksum.
     """
     checkpoint, out_file = Checkpoint.open(source), Path(out_file)
     checkpoint.verify()
     state = {**checkpoint.state, "val_loss": checkpoint.val_loss}
     metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}
-    unknown = dict.fromkeys(checkpoint.tensors, "0" * 32)
+    metadata["digests"] = json.dumps(
+        dict.fromkeys(checkpoint.tensors, "0" * 32)
+    )  # known only after the copying
     with (
         temporary_sibling(out_file) as temporary,
-        TensorFileWriter(
-            temporary, checkpoint.tensors, {**metadata, "digests": json.dumps(unknown)}
-        ) as writer,
+        TensorFileWriter(temporary, checkpoint.tensors, metadata) as writer,
     ):
         for name in checkpoint.tensors:
-            writer.add_in_parts(name, checkpoint.read_rows(name))
+            writer.add(name, checkpoint.read(name))
         writer.replace_metadata({**metadata, "digests": json.dumps(writer.digests)})
         writer.finish()
     return out_file

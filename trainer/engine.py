@@ -1,4 +1,4 @@
-"""Picks the Trainer: nnScaler's where it can run, else ours; says which and why; reads either one's checkpoints."""
+"""Picks nnScaler's Trainer where it can run, else ours, and says why; reads either one's checkpoints."""
 
 import importlib.metadata
 import importlib.util
@@ -38,14 +38,14 @@ def trainer_class(engine: str) -> type:
 def open_checkpoint(path: str | Path):
     """Opens a checkpoint of either engine; raises CheckpointError.
 
-    The result has `path`, `state`, `verify()`, `shapes` (parameter name -> shape) and `parameters()` (names and
-    tensors, one at a time).
+    The result has `path`, `state`, `verify()`, `shapes` (parameter name -> shape) and `parameters()` (names
+    and tensors, one at a time).
     """
     from trainer.checkpoint import Checkpoint
     from trainer.nnscaler_engine.files import NnScalerCheckpoint, is_nnscaler
 
     if not Path(path).exists():
-        raise ValueError(f"there is no {path}: train first, or name a checkpoint")
+        raise ValueError(f"there is no checkpoint {path}: train first, or name a folder or a merged file")
     return NnScalerCheckpoint(path) if is_nnscaler(Path(path)) else Checkpoint.open(path)
 
 
@@ -55,34 +55,26 @@ def merge(source: Path, out_file: Path) -> Path:
     from trainer.nnscaler_engine import files
 
     if not source.exists():
-        raise ValueError(f"there is no {source}: train first, or name a checkpoint")
+        raise ValueError(f"there is no checkpoint {source}: train first, or name one")
     return (files if files.is_nnscaler(source) else checkpoint).merge(source, out_file)
 
 
 def resume_state(resume_from: str, save_dir: str, engine: str) -> dict | None:
-    """The state of the checkpoint to resume from; None if there is no 'last' or 'best'. Starts no process group.
+    """The state of the checkpoint to resume from; None if there is no 'last' or 'best'.
 
-    Raises ValueError if there is none, if all are damaged, or if the other engine wrote it.
+    Raises ValueError if all are damaged, or if the other engine wrote them. Starts no process group.
     """
     from trainer.checkpoint import CheckpointError, candidates
     from trainer.nnscaler_engine.files import is_nnscaler
 
-    paths = [Path(resume_from)]
+    paths, problem = [Path(resume_from)], None
     if resume_from in ("last", "best"):
-        link = Path(save_dir) / resume_from
+        link = Path(save_dir, resume_from)
         paths = [link] if is_nnscaler(link) else candidates(Path(save_dir), resume_from)
-    elif not paths[0].exists():
-        raise ValueError(
-            f"--resume_from {resume_from}: there is no such checkpoint; give last, best, a folder or a merged file"
-        )
-    problem = None
     for path in paths:
-        if is_nnscaler(path) != (engine == "nnscaler"):
-            writer = "nnscaler" if is_nnscaler(path) else "native"
-            raise ValueError(
-                f"--resume_from: --engine={writer} wrote {path}: resume with that engine, or start from its weights "
-                "(--export_hf, then --model_id)"
-            )
+        if path.exists() and is_nnscaler(path) != (engine == "nnscaler"):
+            fix = "resume with that engine, or start from its weights (--export_hf, then --model_id)"
+            raise ValueError(f"the other engine wrote {path}, not --engine={engine}: {fix}")
         try:
             return open_checkpoint(path).state
         except CheckpointError as error:  # the Trainer warns about the one that it falls back to
@@ -95,7 +87,8 @@ def resume_state(resume_from: str, save_dir: str, engine: str) -> dict | None:
 def _missing_for_nnscaler() -> str | None:
     """What nnScaler lacks here, and the fix."""
     if importlib.util.find_spec("nnscaler") is None:
-        return f"nnScaler is not installed: see {INSTALLATION} (release {NNSCALER_VERSION}), with requirements-nnscaler.txt"
+        release = f"release {NNSCALER_VERSION}, with requirements-nnscaler.txt"
+        return f"nnScaler is not installed: see {INSTALLATION} ({release})"
     found = importlib.metadata.version("transformers")
     if not f"{found}.".startswith(f"{TRANSFORMERS_VERSION}."):
         fix = "pip install -r requirements-nnscaler.txt"

@@ -1,8 +1,7 @@
-"""Lays a model out over the ranks: recompute, compile, FSDP2; then fills the shards. The only file that shards."""
+"""Lays a model out over the ranks (recompute, compile, FSDP2) and fills its shards."""
 
 import functools
 import os
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -33,7 +32,7 @@ def build_mesh(device: torch.device) -> DeviceMesh:
 def parallelize(
     model: nn.Module, mesh: DeviceMesh, precision: str, recompute: str | int, compile_layers: bool
 ) -> None:
-    """Shards the model in place. Compiling comes after recompute so that it includes it; FSDP gathers around both.
+    """Shards the model in place. The order matters: compile includes recompute, and FSDP gathers around both.
 
     precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
     recompute: 'none', 'full', or how many layers recompute their activations during backward.
@@ -41,7 +40,7 @@ def parallelize(
     layer_class = getattr(model, "layer_class", ())
     layers = [module for module in model.modules() if layer_class and isinstance(module, layer_class)]
     for layer in layers[: {"none": 0, "full": None}.get(recompute, recompute)]:
-        # This replaces forward instead of wrapping the module: parameter names stay, and FSDP's hooks run once.
+        # Replacing forward, not the module, keeps parameter names and runs FSDP's hooks once.
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if compile_layers:
         for layer in layers:
@@ -77,9 +76,8 @@ def local_box(tensor: torch.Tensor) -> Box:
     """Where `local(tensor)` lies in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return Box.whole(tensor.shape)
-    shape, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
+    mesh, placements = tensor.device_mesh, tensor.placements
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     return Box(tuple(offsets), tuple(shape))
 
 
@@ -89,14 +87,3 @@ def is_first_replica(tensor: torch.Tensor) -> bool:
         return dist.get_rank() == 0
     coordinates = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
     return all(coordinate == 0 for coordinate, placement in coordinates if placement.is_replicate())
-
-
-@torch.no_grad()
-def fill(
-    names: dict[nn.Parameter, str], put: Callable[[torch.Tensor, str, tuple[int, ...], Box], object]
-) -> None:
-    """Calls `put(this rank's shard, name, whole shape, box of the shard)` for every parameter; put sets the shard."""
-    for parameter, name in names.items():
-        box = local_box(parameter)
-        if box.size:
-            put(local(parameter), name, tuple(parameter.shape), box)

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 
 _ROUNDS = 6
 
@@ -19,10 +21,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the epoch's shuffle sends each position in [0, size): a permutation, computed per element without a table.
+    """Where the epoch's shuffle sends each position in [0, size): a permutation, computed per element without
+    a table.
 
-    A Feistel network over the smallest even number of bits that holds `size`. A result outside the range is encrypted
-    again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network over the smallest even number of bits that holds `size`. A result outside the range is
+    encrypted again (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -45,8 +48,9 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
 class GlobalBatchSampler:
     """Sample indices of one rank's micro-batches, for the positions from `start` to `stop` of the run.
 
-    A global batch's positions go to the ranks micro-batch by micro-batch. A batch may end one epoch and begin the
-    next, so every epoch shows every sample once and no batch is short. Only the last batch before `stop` lacks
+    A global batch's positions go to the ranks micro-batch by micro-batch. A batch may end one epoch and begin
+    the next, so every epoch shows every sample once and no batch is short. Only the last batch before `stop`
+    lacks
     samples: its micro-batches are shorter, or empty.
     """
 
@@ -93,3 +97,16 @@ class GlobalBatchSampler:
                 offsets[epochs == epoch], self.num_samples, self.seed, int(epoch)
             )
         return result
+
+
+def load_batches(
+    dataset, sampler: GlobalBatchSampler, loader_args: dict, device: torch.device
+) -> Iterator[dict]:
+    """Yields the sampler's batches on the device. loader_args: keyword arguments of torch's DataLoader."""
+    # The global generator's state must not depend on how many loaders were started.
+    loader = DataLoader(dataset, batch_sampler=sampler, generator=torch.Generator(), **loader_args)
+    for batch in loader:
+        yield {
+            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }

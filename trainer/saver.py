@@ -1,4 +1,4 @@
-"""Saves checkpoints that are whole or absent, in the foreground or in a thread; prunes and sets aside old ones."""
+"""Saves checkpoints that are whole or absent, in a thread if wanted; prunes and sets aside old ones."""
 
 import itertools
 import json
@@ -8,82 +8,69 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from trainer import checkpoint, parallel
 from trainer.args import TrainingFailed
-from trainer.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    CheckpointName,
-    checkpoints,
-    json_digest,
-    read_manifest,
-    replaced_path,
-    saving_path,
-    step_of,
-    sync_folder,
-    validation_path,
-)
+from trainer.checkpoint import CheckpointError, CheckpointName, replaced_path, saving_path, sync_folder
 from trainer.tensorfile import Box, TensorFileWriter
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class LocalTensor:
-    """One rank's box of one tensor. `shape` is the whole tensor's; `data` may be on any device."""
-
-    name: str
-    shape: tuple[int, ...]
-    box: Box
-    data: torch.Tensor
+Part = tuple[
+    tuple[int, ...], Box, torch.Tensor
+]  # the whole tensor's shape, this rank's box of it, its values
 
 
 class Saver:
     """Writes one checkpoint at a time, all ranks together.
 
-    group: a gloo process group of its own, because a background save communicates while training does too.
-    A failed save is the same TrainingFailed on every rank: `save` raises it, or the `wait` after a background save.
+    background: save in a thread. group: a gloo process group of its own, because a background save communicates
+    while training does too. A failed save is the same TrainingFailed on every rank: `save` raises it, or the
+    `wait` after a background save.
     """
 
-    def __init__(self, save_dir: Path, keep_last: int | None, group):
-        self.save_dir, self.keep_last, self.group = save_dir, keep_last, group
+    def __init__(
+        self, save_dir: Path, keep_last: int | None, background: bool, group, good: Path | None = None
+    ):
+        self.save_dir, self.keep_last, self.background, self.group = save_dir, keep_last, background, group
+        self.is_first = dist.get_rank(group) == 0
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
+        self.newest: Path | None = None  # saved, but no step has succeeded from it yet
+        self.good = good  # the newest checkpoint from which a step succeeded, or that was resumed
         self._thread, self._error = None, None
-        self._newest: Path | None = None  # saved, but no step has succeeded from it yet
-        self._previous: str | None = None  # what `last` named before
-        self._best: str | None = None  # `best` is to name this one
 
     def save(
-        self,
-        name: CheckpointName,
-        tensors: list[LocalTensor],
-        state: dict,
-        rng: str,
-        in_background: bool = False,
+        self, name: CheckpointName, tensors: dict[str, torch.Tensor], state: dict, rng: str, began: float
     ) -> None:
-        """Saves the tensors as `<save_dir>/<name>` and points `last` at it.
+        """Saves the tensors, distributed or not, as `<save_dir>/<name>` and points `last` at it.
 
-        rng: this rank's random state. In the background, the caller may change the tensors as soon as this returns.
+        rng: this rank's random state. began: time.perf_counter() when the caller began. In the background, the
+        caller may change the tensors as soon as this returns.
         """
-        began = time.perf_counter()
         self.wait()
         folder = self.save_dir / str(name)
-        if dist.get_rank(self.group) == 0:
-            validation_path(folder).unlink(missing_ok=True)  # of an earlier checkpoint of that name
-        if in_background:
-            tensors = [LocalTensor(t.name, t.shape, t.box, _host_copy(t.data)) for t in tensors]
+        if self.is_first:
+            checkpoint.validation_path(folder).unlink(
+                missing_ok=True
+            )  # of an earlier checkpoint of that name
+        parts = {
+            key: (tuple(tensor.shape), parallel.local_box(tensor), parallel.local(tensor))
+            for key, tensor in tensors.items()
+            if parallel.is_first_replica(tensor)
+        }
+        if self.background:
+            parts = {key: (shape, box, _host_copy(data)) for key, (shape, box, data) in parts.items()}
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # training may change the tensors only after the copies are complete
-            arguments = (folder, tensors, state, rng, began)
-            self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
+            self._thread = threading.Thread(target=self._run, args=(folder, parts, state, rng, began))
             self._thread.start()
         else:
-            self._write(folder, tensors, state, rng, began)
+            self._write(folder, parts, state, rng, began)
+        self.newest = folder
         self.blocked_seconds = time.perf_counter() - began
 
     def wait(self) -> None:
@@ -104,42 +91,54 @@ class Saver:
         """Will `wait` raise?"""
         return self._error is not None
 
-    def record_validation(self, name: CheckpointName, val_loss: float, best: bool) -> None:
-        """Writes the loss beside the checkpoint, and moves `best` to it if it is the best. Rank 0 calls this."""
-        _write_json(validation_path(self.save_dir / str(name)), {"val_loss": val_loss})
-        self._best = str(name) if best else self._best
-        self.move_best()
+    def record_validation(self, name: CheckpointName, val_loss: float) -> None:
+        """Writes the loss beside the checkpoint, and moves `best`. Only rank 0 calls this."""
+        _write_json(checkpoint.validation_path(self.save_dir / str(name)), {"val_loss": val_loss})
+        self.update_best()
 
-    def move_best(self) -> None:
-        """Points `best` at the best checkpoint as soon as that is on disk."""
-        if self._best and not self.busy:
-            _swap_link(self.save_dir, "best", self._best)
-            self._best = None
+    def update_best(self) -> None:
+        """Points `best` at the checkpoint with the lowest validation loss. Only rank 0 calls this."""
+        losses = {path: checkpoint.read_validation(path) for path in self._up_to(self.newest or self.good)}
+        known = [path for path in reversed(losses) if losses[path] is not None]  # the first of equals wins
+        if known:
+            _swap_link(self.save_dir, "best", min(known, key=losses.get).name)
 
-    def withdraw(self, name: CheckpointName) -> None:
-        """Removes the newest checkpoint, which proved bad; `last` names the one before again."""
-        self.wait()
-        if dist.get_rank(self.group) == 0:
-            if self._previous:
-                _swap_link(self.save_dir, "last", self._previous)
-            else:
-                (self.save_dir / "last").unlink(missing_ok=True)
-            _remove(self.save_dir / str(name))
-        self._newest = None
+    def confirm(self) -> None:
+        """A step succeeded from the newest checkpoint, so it is good."""
+        if self.newest:
+            self.good, self.newest = self.newest.resolve(), None
 
     def prune(self) -> None:
-        """Removes the checkpoints that `keep_last` does not keep. Call it after a step succeeded from the newest.
-
-        It keeps what `last` and `best` name, and checkpoints newer than the newest of this run.
-        """
-        if self._newest is None or self.keep_last is None or self.busy:
-            return
+        """Removes what `keep_last` does not keep, counted from the last good one. Only rank 0 calls this."""
         named = {(self.save_dir / link).resolve() for link in ("last", "best")}
-        own = [path for path in checkpoints(self.save_dir) if step_of(path) <= step_of(self._newest)]
-        for path in own[self.keep_last :]:
+        for path in self._up_to(self.good)[self.keep_last :] if self.keep_last else []:
             if path.resolve() not in named:
                 _remove(path)
-        self._newest = None
+
+    def discard_newest(self) -> None:
+        """The newest checkpoint proved bad: `last` names the good one again, if this folder has it."""
+        self.wait()
+        if self.newest and self.is_first:
+            (self.save_dir / "last").unlink()
+            if self.good and self.good.parent == self.save_dir.resolve():
+                _swap_link(self.save_dir, "last", self.good.name)
+            _remove(self.newest)
+        self.newest = None
+
+    def last_good(self) -> str:
+        """Says which checkpoint to continue from."""
+        if self.good:
+            return f"the last good checkpoint is {self.good}"
+        return f"there is only {self.newest}, untried" if self.newest else "no checkpoint was saved before"
+
+    def _up_to(self, folder: Path | None) -> list[Path]:
+        """Finished checkpoints, the newest first; later steps than the folder's are an abandoned run's."""
+        limit = checkpoint.step_of(folder) if folder else None
+        return [
+            path
+            for path in checkpoint.checkpoints(self.save_dir)
+            if limit is not None and checkpoint.step_of(path) <= limit
+        ]
 
     def _run(self, *args) -> None:
         try:
@@ -147,7 +146,7 @@ class Saver:
         except BaseException as error:  # wait() raises it again in the training thread
             self._error = error
 
-    def _write(self, folder: Path, tensors: list[LocalTensor], state: dict, rng: str, began: float) -> None:
+    def _write(self, folder: Path, parts: dict[str, Part], state: dict, rng: str, began: float) -> None:
         rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         temporary = saving_path(folder)
 
@@ -158,11 +157,11 @@ class Saver:
 
         def write_shard():
             file = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
-            specs = {t.name: (t.data.dtype, tuple(t.data.shape)) for t in tensors}
-            boxes = json.dumps({t.name: (t.shape, t.box.offsets) for t in tensors})
+            specs = {name: (data.dtype, box.shape) for name, (_, box, data) in parts.items()}
+            boxes = json.dumps({name: (shape, box.offsets) for name, (shape, box, _) in parts.items()})
             with TensorFileWriter(temporary / file, specs, {"boxes": boxes, "rng": rng}) as writer:
-                for tensor in tensors:
-                    writer.add(tensor.name, tensor.data)
+                for name, (_, _, data) in parts.items():
+                    writer.add(name, data)
                 return file, writer.finish()
 
         try:
@@ -176,26 +175,21 @@ class Saver:
         self.total_seconds = time.perf_counter() - began
 
     def _publish(self, folder: Path, files: dict, state: dict) -> None:
-        """All data is on disk; the manifest and renames remain. A kill between any two leaves whole checkpoints."""
+        """All data is on disk; manifest and renames remain. A kill between any two leaves whole checkpoints."""
         temporary, replaced = saving_path(folder), replaced_path(folder)
-        body = json.loads(
-            json.dumps({"state": state, "files": files})
-        )  # as it will be read: keys are strings
-        _write_json(temporary / MANIFEST, {**body, "checksum": json_digest(body)})
+        body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
+        _write_json(temporary / checkpoint.MANIFEST, {**body, "checksum": checkpoint.json_digest(body)})
         sync_folder(temporary)
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(temporary, folder)
         sync_folder(self.save_dir)
-        last = self.save_dir / "last"
-        self._previous = os.readlink(last) if last.is_symlink() else None
         _swap_link(self.save_dir, "last", folder.name)
         sync_folder(self.save_dir)
         shutil.rmtree(replaced, ignore_errors=True)
-        self._newest = folder
 
     def _on_all_ranks(self, action: Callable | None, folder: Path) -> list:
-        """Runs the action on the ranks that have one; returns all results, or raises on all ranks if one failed."""
+        """Runs the action on the ranks that have one; returns all results, or raises on every rank."""
         result, problem = None, None
         try:
             result = action() if action else None
@@ -237,36 +231,30 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-    validation_path(folder).unlink(missing_ok=True)
+    checkpoint.validation_path(folder).unlink(missing_ok=True)
 
 
 def clean_up(save_dir: Path) -> None:
-    """Removes what a killed save left behind; a replaced checkpoint whose successor is missing gets its name back."""
+    """Removes what a killed save left behind, and restores a checkpoint that it had not yet replaced."""
     for link in ("last", "best"):
         (save_dir / f".{link}.new").unlink(missing_ok=True)
     for path in save_dir.glob(".*-*-*") if save_dir.is_dir() else []:
         kind, name = path.name[1:].split("-", 1)
         if kind not in ("saving", "replaced") or not CheckpointName.parse(name):
             continue
-        if kind == "replaced" and not (save_dir / name).exists() and _is_whole(path):
-            os.rename(path, save_dir / name)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        return bool(read_manifest(folder))
-    except CheckpointError:
-        return False
+        try:
+            if kind == "replaced" and not (save_dir / name).exists() and checkpoint.read_manifest(path):
+                os.rename(path, save_dir / name)
+        except CheckpointError:  # it is being deleted, not replaced
+            pass
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames the folder to the first free numbered name beside it; raises CheckpointError if it is in use."""
+    """Renames the folder to the first free numbered name; raises CheckpointError if it is in use."""
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise CheckpointError(
-            f"{folder} holds another run, and cannot be set aside from inside it: choose another --save_dir and --log_dir"
-        )
+        fix = "name another --save_dir and --log_dir"
+        raise CheckpointError(f"{folder} holds another run, and cannot be set aside from inside it: {fix}")
     numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     target = next(path for path in numbered if not path.exists())
     os.rename(folder, target)
@@ -279,20 +267,11 @@ def check_folder(folder: Path, inputs: list[str], resumed: bool) -> None:
 
     inputs: paths that the run reads, if they exist.
     """
+    fix = "name another --save_dir and --log_dir"
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if (
-        not above.is_dir()
-        or not os.access(above, os.W_OK | os.X_OK)
-        or os.statvfs(above).f_flag & os.ST_RDONLY
-    ):
-        raise ValueError(
-            f"{folder} cannot be written to ({above} does not allow it): name another --save_dir or --log_dir"
-        )
-    inside = [
-        name for name in inputs if Path(name).exists() and folder.resolve() in Path(name).resolve().parents
-    ]
-    if inside and not resumed and ((folder / "last").exists() or (folder / "metrics.jsonl").exists()):
-        raise ValueError(
-            f"{folder} holds another run and would be set aside, with {inside[0]} in it: "
-            "name another --save_dir and --log_dir"
-        )
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written to ({above} does not allow it): {fix}")
+    holds_a_run = (folder / "last").exists() or (folder / "metrics.jsonl").exists()
+    for path in [Path(name) for name in inputs] if holds_a_run and not resumed else []:
+        if path.exists() and folder.resolve() in path.resolve().parents:
+            raise ValueError(f"{folder} holds another run and would be set aside, with {path} in it: {fix}")

@@ -1,7 +1,7 @@
-"""Parts of tensors in safetensors files: read them through the library's mapping, write them one after another.
+"""Reads parts of tensors in safetensors files through the library's mapping; writes tensors one by one.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header, then the
-tensors' bytes. The writer is ours because the library's needs every tensor in memory at once.
+The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header, then
+the tensors' bytes. The writer is ours because the library's needs every tensor in memory at once.
 """
 
 import json
@@ -15,16 +15,8 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES as DTYPES
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = (
     2**22
@@ -134,30 +126,21 @@ class TensorFileWriter:
         return struct.pack("<Q", len(encoded)) + encoded
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds a whole tensor, from any device."""
-        assert self._specs[name] == (tensor.dtype, tuple(tensor.shape)), name
-        self.add_in_parts(name, [tensor])
-
-    def add_in_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
-        """Adds a tensor that comes in runs of its rows."""
+        """Adds the next tensor, from any device."""
         assert name == next(self._remaining), name
-        dtype, shape = self._specs[name]
-        end, tensor_hash = self._size + math.prod(shape) * dtype.itemsize, xxhash.xxh3_128()
-        for part in parts:
-            self._write(tensor_bytes(part), tensor_hash)
-        assert self._size == end, name
-        self.digests[name] = tensor_hash.hexdigest()
+        assert self._specs[name] == (tensor.dtype, tuple(tensor.shape)), name
+        data = tensor_bytes(tensor)
+        self._write(data)
+        self.digests[name] = xxhash.xxh3_128_hexdigest(data)
 
-    def _write(self, data: memoryview, tensor_hash=None) -> None:
+    def _write(self, data: memoryview) -> None:
         while data:
             try:
                 count = self._file.write(data[:CHUNK_BYTES])
             except OSError as error:
                 error.filename = str(self._path)
                 raise
-            for digest in (self._hash, tensor_hash):
-                if digest is not None:
-                    digest.update(data[:count])
+            self._hash.update(data[:count])
             data = data[count:]
             self._size += count
 

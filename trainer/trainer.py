@@ -1,12 +1,12 @@
 """Our implementation of nnScaler's Trainer: the loop, one step, validation, and when to save."""
 
+import logging
 import math
 import resource
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from trainer import parallel, setup
-from trainer.args import NativeOptions, TrainerArgs, TrainingFailed, load_type
+from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
 from trainer.checkpoint import CheckpointName, checkpoints
-from trainer.loader import load_batches
-from trainer.loggers import RunLog, perplexity
-from trainer.sampler import GlobalBatchSampler
-from trainer.saver import LocalTensor, Saver, clean_up, set_aside
+from trainer.loggers import log_save_cost, perplexity, progress_line
+from trainer.sampler import GlobalBatchSampler, load_batches
+from trainer.saver import Saver, clean_up, set_aside
+
+logger = logging.getLogger(__name__)
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # 143
 
@@ -33,25 +34,11 @@ class TrainState:
     samples: int = 0  # the position in the sample order
     tokens: int = 0
     updates: int = 0  # optimizer steps, skipped ones not included
-    best_val_loss: float | None = None  # of the checkpoints before this one
 
     @classmethod
     def from_dict(cls, saved: dict) -> "TrainState":
         """Ignores fields that this version lacks, and takes the default for those that `saved` lacks."""
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
-
-
-@dataclass
-class StepResult:
-    """One optimizer step: the global batch's mean loss in nats per target, its gradient norm, and its tokens."""
-
-    loss: float
-    gnorm: float
-    tokens: int
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.gnorm)
 
 
 class Trainer:
@@ -68,12 +55,9 @@ class Trainer:
         self.args, self.options = train_args, options or NativeOptions()
         self.device = parallel.pick_device()
         self.save_dir = Path(train_args.checkpoint.save_dir)
-        self.state = TrainState()
+        self.state, self.loggers = TrainState(), []
         self.signals = {signal.SIGTERM: False, signal.SIGUSR1: False}
-        self.step_seconds = 0.0
-        self.last_saved: Path | None = None
-        self.last_good: Path | None = None  # the newest checkpoint from which a step succeeded
-        self._save_postponed = False
+        self.step_seconds, self._save_postponed = 0.0, False
 
     # ------------------------------------------------------------ the run
 
@@ -86,10 +70,11 @@ class Trainer:
             try:
                 self._train()
                 if hook := self.args.hook.on_train_end:
-                    load_type(hook)(self)
+                    hook(self)
             finally:
                 self.saver.wait()
-                self.log.close()
+                for log in self.loggers:
+                    log.finalize()
 
     def evaluate(self) -> float:
         """The validation loss of the pretrained model, or of the checkpoint that `resume_from` names."""
@@ -104,29 +89,28 @@ class Trainer:
             wanted = args.compute_config.runtime_ngpus
             raise ValueError(f"compute_config.runtime_ngpus is {wanted}, but {self.world_size} ranks run")
         setup.seed_everything(args.seed, self.options.deterministic)
-        make_dataset = load_type(args.dataset.type)
-        self.train_set = make_dataset(**args.dataset.train_args)
-        self.val_set = make_dataset(**args.dataset.val_args) if args.dataset.val_args else None
-        self.log = RunLog(args.log, self.rank)
-        self.control = dist.new_group(
-            backend="gloo"
-        )  # for objects and barriers, which nccl does not carry well
+        data = args.dataset
+        self.train_set, self.val_set = (
+            data.type(**data.train_args),
+            data.val_args and data.type(**data.val_args),
+        )
+        self.control = dist.new_group(backend="gloo")  # for objects and barriers
         self.resumed = setup.open_resumed(args, self.control)
         self.model, self.names = setup.build_model(args, self.options, self.device, self.resumed)
 
     def prepare_training(self) -> bool:
         """Sets up the rest; returns False, and touches no file, if the resumed run has nothing left to do."""
         args = self.args
-        self.optimizer = load_type(args.optimizer.type)(self.model.parameters(), **args.optimizer.args)
+        self.optimizer = args.optimizer.type(self.model.parameters(), **args.optimizer.args)
         if self.resumed:
             self._restore()
             if self.state.step >= args.max_train_steps and not self._validation_is_missing():
                 reached = f"step {self.state.step} of {args.max_train_steps} is reached"
-                self.log.info("nothing to do: %s (raise --max_train_steps to go on)", reached)
+                logger.info("nothing to do: %s (raise --max_train_steps to go on)", reached)
                 return False
         self.scheduler = None
         if args.lr_scheduler:
-            self.scheduler = load_type(args.lr_scheduler.type)(self.optimizer, **args.lr_scheduler.args)
+            self.scheduler = args.lr_scheduler.type(self.optimizer, **args.lr_scheduler.args)
             # Replayed, not restored: the schedule is a function of the step and of this run's arguments.
             self._step_scheduler(self.state.step)
         dist.barrier(group=self.control)  # every rank has read what it resumes from
@@ -134,10 +118,12 @@ class Trainer:
             if not self.resumed and (checkpoints(self.save_dir) or (self.save_dir / "last").exists()):
                 set_aside(self.save_dir)  # a fresh run never writes into another run's folder
             clean_up(self.save_dir)
-        self.log.open(args.to_dict(), self.state.step)
-        self.saver = Saver(
-            self.save_dir, args.checkpoint.keep_last_n_checkpoints, dist.new_group(backend="gloo")
-        )
+            self.loggers = [config.type(**config.args) for config in args.log]
+            for log in self.loggers:
+                log.setup(self.state.step)
+        keep, good = args.checkpoint.keep_last_n_checkpoints, self.resumed.path if self.resumed else None
+        group = dist.new_group(backend="gloo")
+        self.saver = Saver(self.save_dir, keep, self.options.async_save, group, good)
         return True
 
     def _restore(self) -> None:
@@ -148,121 +134,119 @@ class Trainer:
             setup.set_rng_state(source.rng[self.rank])
         if source.state["seed"] != seed:
             changed = f"the checkpoint was trained with seed {source.state['seed']}, not {seed}"
-            self.log.warning("%s: the order of the samples changes", changed)
-        self.log.info(
-            "resumed from %s: step %d, %d samples seen", source.path, self.state.step, self.state.samples
-        )
+            logger.warning("WARNING: %s: the order of the samples changes", changed)
+        reached = f"step {self.state.step}, {self.state.samples} samples seen"
+        logger.info("resumed from %s: %s", source.path, reached)
 
     # ------------------------------------------------------------ the loop
 
     def _train(self) -> None:
         args, state = self.args, self.state
-        batches = self._train_batches()
+        micro, accumulation, ranks = (
+            args.micro_batch_size,
+            args.grad_accumulation_steps,
+            (self.rank, self.world_size),
+        )
+        self.sampler = GlobalBatchSampler(
+            len(self.train_set), micro, accumulation, *ranks, args.seed, start=state.samples
+        )
+        batches = load_batches(self.train_set, self.sampler, args.dataloader.train_args, self.device)
+        if self._validation_is_missing():
+            name = CheckpointName(self.resumed.state["epoch"], state.step)
+            self._validate_and_log(name if (self.save_dir / str(name)).is_dir() else None)
+        elif self.options.validate_first and not self.resumed and self.val_set is not None:
+            self._validate_and_log(None)
         skipped_in_a_row = 0
-        self._take_up_validation()
         while state.step < args.max_train_steps:
-            began, epoch, first_sample = time.perf_counter(), self._epoch(), state.samples
-            micro_batches = [next(batches) for _ in range(args.grad_accumulation_steps)]
+            began, epoch = time.perf_counter(), self._epoch()
+            micro_batches = [next(batches) for _ in range(accumulation)]
             data_seconds = time.perf_counter() - began
-            lr = self.optimizer.param_groups[0]["lr"]
-            result = self._train_step(micro_batches)
-            if result.finite:  # so the weights that were saved before it are good
-                self.last_good = self.last_saved
-                self.saver.prune()
+            metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+            metrics["train_loss"], metrics["gnorm"], tokens, finite = self._train_step(micro_batches)
             state.step += 1
             state.samples += args.global_batch_size
-            state.tokens += result.tokens
-            state.updates += result.finite
+            state.tokens += tokens
+            state.updates += finite
             self._step_scheduler(1)
             self.step_seconds = time.perf_counter() - began
-            peak, save_failed, terminated, save_wanted = self._largest(
+            memory, save_failed, terminated, save_wanted = self._largest(
                 peak_memory_gib(self.device), self.saver.failed, *self.signals.values()
             )
-            if save_failed:
-                self.saver.wait()  # raises on every rank
-            metrics = {
-                "epoch": epoch,
-                "train_loss": result.loss,
-                "lr": lr,
-                "gnorm": result.gnorm,
-                "tokens": state.tokens,
-                "tokens_per_second": result.tokens / self.step_seconds,
+            metrics |= {"tokens": state.tokens, "tokens_per_second": tokens / self.step_seconds}
+            metrics |= {
                 "step_seconds": self.step_seconds,
                 "data_seconds": data_seconds,
-                "peak_memory_gib": peak,
+                "peak_memory_gib": memory,
             }
-            skipped_in_a_row = 0 if result.finite else skipped_in_a_row + 1
-            if not result.finite:
-                metrics["skipped_samples"] = self._skipped(result, first_sample)
-            self.log.write(state.step, metrics, "train")
-            self.log.progress(state.step, args.max_train_steps, metrics)
+            if save_failed:
+                self.saver.wait()  # raises on every rank
+            if finite:
+                self.saver.confirm()
+            else:
+                positions = np.arange(state.samples - args.global_batch_size, state.samples)
+                metrics["skipped_samples"] = self.sampler.indices(positions).tolist()
+            self._log(metrics, "train")
+            logger.info(progress_line(state.step, args.max_train_steps, metrics))
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row >= self.options.max_skipped_steps:
-                raise TrainingFailed(self._divergence_message(skipped_in_a_row))
-            self._save_and_validate(epoch, result.finite, bool(terminated), bool(save_wanted))
+                raise TrainingFailed(
+                    f"the loss or the gradient norm was not finite for {skipped_in_a_row} steps in a row, until "
+                    f"step {state.step}: {self.saver.last_good()}. Lower --learning_rate, raise --warmup_steps, "
+                    "or look at the samples that metrics.jsonl names"
+                )
+            self._save_and_validate(epoch, finite, bool(terminated), bool(save_wanted))
         self.saver.wait()
-        self.saver.move_best()
-        self.saver.prune()
-        self._log_save()
+        self.saver.confirm()
+        self._after_save()
 
-    def _train_step(self, micro_batches: list[dict]) -> StepResult:
+    def _train_step(self, micro_batches: list[dict]) -> tuple[float, float, int, bool]:
         """Zero, accumulate, reduce, clip, update.
 
-        The update is skipped if the loss or the gradient norm is not finite. Both are sums over all ranks, so all
-        ranks skip together.
+        Returns the global batch's mean loss in nats per target, its gradient norm, its tokens, and whether the
+        two are finite. Otherwise the update is skipped; all ranks skip together, as both are sums over all ranks.
         """
         self.optimizer.zero_grad()
         loss_sum, targets, tokens = 0.0, 0, 0
         for batch in micro_batches:
             loss, detached, count = self.model(batch)
             loss.backward()  # FSDP sums the gradients over the ranks
-            loss_sum, targets, tokens = (
-                loss_sum + detached.double(),
-                targets + count,
-                tokens + batch["num_tokens"],
-            )
+            loss_sum, targets = loss_sum + detached.double(), targets + count
+            tokens += batch["num_tokens"]
         loss_sum, targets, tokens = self._sum(loss_sum, targets, tokens)
         gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
         norm = parallel.whole(torch.nn.utils.get_total_norm(gradients)).item()
-        if not targets:
-            return StepResult(math.nan, math.nan, int(tokens))  # nothing to learn from
-        result = StepResult(loss_sum / targets, norm / targets, int(tokens))
-        if result.finite:
+        loss, gnorm = (loss_sum / targets, norm / targets) if targets else (math.nan, math.nan)
+        finite = math.isfinite(loss) and math.isfinite(gnorm)
+        if finite:
             limit = self.args.optimizer.clip_gnorm
-            clip = min(1.0, limit / (result.gnorm + 1e-6)) if limit else 1.0
+            clip = min(1.0, limit / (gnorm + 1e-6)) if limit else 1.0
             torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], clip / targets)
             self.optimizer.step()
-        return result
+        return loss, gnorm, int(tokens), finite
 
     def _save_and_validate(self, epoch: int, finite: bool, terminated: bool, save_wanted: bool) -> None:
-        """Saves and validates where they are due after a step: first the save, then the validation, then `best`."""
-        step, every = self.state.step, self.args.checkpoint.every_n_train_steps
-        last = step == self.args.max_train_steps
-        self.saver.move_best()
-        if not self.saver.busy:
-            self._log_save()
-        save_due = last or (step % every == 0 if every else self._epoch() > epoch) or self._save_postponed
+        """Does what is due after a step: first the save, then the validation, then `best`."""
+        step, last = self.state.step, self.state.step == self.args.max_train_steps
+        save_every, val_every = self.args.checkpoint.every_n_train_steps, self.args.val_every_n_train_steps
+        self._after_save()
+        save_due = step % save_every == 0 if save_every else self._epoch() > epoch
+        save_due = save_due or last or self._save_postponed
         # Weights that give no finite loss are not worth keeping: wait for the next good step.
         self._save_postponed = save_due and not (finite or last)
         save_due = save_due and not self._save_postponed
-        every = self.args.val_every_n_train_steps
-        val_due = self.val_set is not None and (save_due or bool(every and step % every == 0))
-        name = CheckpointName(epoch, step)
-        saved = save_due or save_wanted or terminated
+        val_due = self.val_set is not None and (save_due or bool(val_every and step % val_every == 0))
+        saved = CheckpointName(epoch, step) if save_due or save_wanted or terminated else None
         if saved:
             self.signals[signal.SIGUSR1] = False
-            self._save(name, val_due)
+            self._save(saved, val_due)
         if terminated and (val_due or not last):
             self._leave()
         if val_due:
-            self._validate_and_log(name, saved)
+            self._validate_and_log(saved)
 
     def _leave(self) -> None:
         self.saver.wait()
-        if self.rank == 0:
-            self.saver.move_best()
-        self.log.info(
-            "SIGTERM: saved step %d and stopping; --resume_from=last continues from here", self.state.step
-        )
+        logger.info("SIGTERM: saved step %d and stopping; --resume_from=last continues", self.state.step)
         dist.barrier(group=self.control)
         sys.exit(SIGTERM_EXIT_CODE)
 
@@ -270,11 +254,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float | None:
-        """The mean loss of the validation set in nats per target, all ranks together; None: a SIGTERM came first."""
+        """The mean loss of the validation set in nats per target; None: a SIGTERM came first."""
         micro, samples = self.args.micro_batch_size, len(self.val_set)
-        sampler = GlobalBatchSampler(
-            samples, micro, 1, self.rank, self.world_size, shuffle=False, stop=samples
-        )
+        ranks = (self.rank, self.world_size)
+        sampler = GlobalBatchSampler(samples, micro, 1, *ranks, shuffle=False, stop=samples)
         loss_sum, targets = 0.0, 0
         self.model.eval()
         try:
@@ -288,61 +271,31 @@ class Trainer:
         loss_sum, targets = self._sum(loss_sum, targets)
         return loss_sum / targets if targets else math.nan
 
-    def _validate_and_log(self, name: CheckpointName, saved: bool) -> None:
-        """Validates, and judges the checkpoint `name` if this step is saved.
+    def _validate_and_log(self, saved: CheckpointName | None) -> None:
+        """Validates. `saved` is this step's checkpoint, if there is one.
 
         A SIGTERM leaves at once: the step is saved, and a resume repeats the validation.
         """
         val_loss = self.validate()
         if val_loss is None:
             if not saved:
-                self._save(name, validation_due=True)
+                self._save(CheckpointName(self._epoch(), self.state.step), validation_due=True)
             self._leave()
         metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss)}
-        self.log.write(self.state.step, metrics, "val")
-        self.log.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *metrics.values())
-        if saved:
-            self._judge(name, val_loss)
-
-    def _judge(self, name: CheckpointName, val_loss: float) -> None:
-        """Makes the checkpoint `best` if it is, and withdraws it if its validation loss is not finite."""
-        if math.isfinite(val_loss):
-            best = self.state.best_val_loss is None or val_loss < self.state.best_val_loss
-            self.state.best_val_loss = val_loss if best else self.state.best_val_loss
-            if self.rank == 0:
-                self.saver.record_validation(name, val_loss, best)
-            return
-        if self.last_saved is None:
-            raise TrainingFailed(
-                f"the validation loss of {self.resumed.path} is {val_loss}: resume from an earlier one"
-            )
-        self.saver.withdraw(name)
-        self.last_saved = self.last_good
-        broken = f"the validation loss of step {name.step} is {val_loss}, so that step is not kept: {self._good_checkpoint()}"
-        if name.step == self.args.max_train_steps:
-            raise TrainingFailed(broken)
-        self.log.warning("%s", broken)
+        self._log(metrics, "val")
+        logger.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *metrics.values())
+        if not math.isfinite(val_loss):
+            self.saver.discard_newest()
+            what = f"the validation loss of step {self.state.step} is {val_loss}, so that step does not count"
+            raise TrainingFailed(f"{what}: {self.saver.last_good()}")
+        if saved and self.rank == 0:
+            self.saver.record_validation(saved, val_loss)
 
     def _validation_is_missing(self) -> bool:
-        """Was the resumed checkpoint to be validated, and the validation cut off?"""
-        due = self.val_set is not None and self.resumed.state.get("validation_due", False)
-        return due and self.resumed.val_loss is None
-
-    def _take_up_validation(self) -> None:
-        """Validates before the first step if that is wanted, or after a resume if the validation was cut off."""
-        if not self.resumed:
-            if self.options.validate_first and self.val_set is not None:
-                self._validate_and_log(CheckpointName(0, 0), saved=False)
-            return
-        name = CheckpointName(self.resumed.state["epoch"], self.state.step)
-        ours = self.resumed.path == (self.save_dir / str(name)).resolve()
-        if self._validation_is_missing():
-            self._validate_and_log(name, saved=ours)
-        elif self.resumed.val_loss is not None and ours:
-            self._judge(name, self.resumed.val_loss)
-        elif self.resumed.val_loss is not None:
-            before = self.state.best_val_loss
-            self.state.best_val_loss = min(before or math.inf, self.resumed.val_loss)
+        """Was the resumed checkpoint to be validated, and its validation cut off?"""
+        if not self.resumed or self.val_set is None or self.resumed.val_loss is not None:
+            return False
+        return self.resumed.state.get("validation_due", False)
 
     # ------------------------------------------------------------ saving
 
@@ -357,63 +310,44 @@ class Trainer:
             "seed": args.seed,
             "validation_due": validation_due,
             "train_state": vars(self.state).copy(),
-            "config": args.to_dict(),
-            "versions": {
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": sys.version.split()[0],
-            },
         }
         if hook := args.hook.on_save_checkpoint:
-            load_type(hook)(self, state)
+            hook(self, state)
         began = time.perf_counter()
         self.saver.wait()
-        waited = time.perf_counter() - began
-        self._log_save()
-        self.saver.save(name, self._local_tensors(), state, setup.rng_state(), self.options.async_save)
-        self.saver.blocked_seconds += waited
-        self.last_saved = self.save_dir / str(name)
-        self.log.info(
-            "%s %s", "saving in the background:" if self.options.async_save else "saved", self.last_saved
-        )
+        self._after_save()
+        self.saver.save(name, self.saved_tensors(), state, setup.rng_state(), began)
+        done = "saving in the background:" if self.options.async_save else "saved"
+        logger.info("%s %s", done, self.save_dir / str(name))
 
-    def _local_tensors(self) -> list[LocalTensor]:
-        """The part of the weights and of the optimizer's state that this rank saves."""
-        found = []
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights and the optimizer's state, under the names that checkpoints use."""
+        found = {f"model.{name}": parameter for parameter, name in self.names.items()}
         for parameter, name in self.names.items():
-            found.append((f"model.{name}", parameter))
             state = self.optimizer.state.get(parameter, {})
-            found += [(f"optimizer.{name}.{key}", value) for key, value in state.items() if key != "step"]
-        return [
-            LocalTensor(name, tuple(tensor.shape), parallel.local_box(tensor), parallel.local(tensor))
-            for name, tensor in found
-            if parallel.is_first_replica(tensor)
-        ]
+            found |= {f"optimizer.{name}.{key}": value for key, value in state.items() if key != "step"}
+        return found
 
-    def _log_save(self) -> None:
-        """Logs what the last save cost, once it is over."""
-        if self.saver.total_seconds:
-            costs = self.saver.blocked_seconds, self.saver.total_seconds
-            self.log.save_cost(self.state.step, *costs, self.step_seconds)
-            self.saver.total_seconds = 0.0
+    def _after_save(self) -> None:
+        """Once the last save is over: moves `best`, prunes, and logs what the save cost."""
+        if self.saver.busy or not self.saver.total_seconds:
+            return
+        if self.rank == 0:
+            self.saver.update_best()
+            self.saver.prune()
+        costs = {name: getattr(self.saver, name) for name in ("blocked_seconds", "total_seconds")}
+        self._log({f"save_{name}": seconds for name, seconds in costs.items()}, "checkpoint")
+        log_save_cost(self.step_seconds, **costs)
+        self.saver.total_seconds = 0.0
 
     # ------------------------------------------------------------ small things
 
-    def _train_batches(self) -> Iterator[dict]:
-        args = self.args
-        self.sampler = GlobalBatchSampler(
-            len(self.train_set),
-            args.micro_batch_size,
-            args.grad_accumulation_steps,
-            self.rank,
-            self.world_size,
-            args.seed,
-            start=self.state.samples,
-        )
-        return load_batches(self.train_set, self.sampler, args.dataloader.train_args, self.device)
-
     def _epoch(self) -> int:
         return self.state.samples // len(self.train_set)
+
+    def _log(self, metrics: dict, tag: str) -> None:
+        for log in self.loggers:
+            log.log_metrics(metrics, self.state.step, tag=tag)
 
     def _step_scheduler(self, times: int) -> None:
         with warnings.catch_warnings():
@@ -432,28 +366,6 @@ class Trainer:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
-
-    def _skipped(self, result: StepResult, first_sample: int) -> list[int]:
-        """Warns of a skipped update; returns the samples of its global batch."""
-        samples = self.sampler.indices(np.arange(first_sample, self.state.samples)).tolist()
-        what = f"step {self.state.step}: loss {result.loss}, gradient norm {result.gnorm}"
-        self.log.warning("%s: its update is skipped; the samples were %s", what, samples)
-        return samples
-
-    def _divergence_message(self, count: int) -> str:
-        return (
-            f"the loss or the gradient norm was not finite for {count} steps in a row, until step {self.state.step}: "
-            f"{self._good_checkpoint()}. Lower --learning_rate, raise --warmup_steps, or look at the samples that "
-            "metrics.jsonl names"
-        )
-
-    def _last_good(self) -> str:
-        """Names the last checkpoint from which a step succeeded, or the one that this run resumed."""
-        if good := self.last_good or (self.resumed and self.resumed.path):
-            return f"the last good checkpoint is {good}"
-        if self.last_saved:
-            return f"there is only {self.last_saved}, and no step succeeded after it"
-        return "no checkpoint was saved before"
 
 
 def peak_memory_gib(device: torch.device) -> float:

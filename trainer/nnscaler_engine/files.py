@@ -49,10 +49,9 @@ class NnScalerCheckpoint:
             self.state = json.loads(beside.read_text())
 
     def verify(self) -> None:
-        """Loads the weights; raises CheckpointError if that fails. nnScaler's files have no checksums."""
+        """Maps the weights into memory; raises CheckpointError if that fails. There are no checksums."""
         if self._weights is None:
             with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".merging-") as folder:
-                # The weights stay mapped into memory after the file is deleted.
                 self._weights, _ = read_merged(merge(self.path, Path(folder, "merged.ckpt")))
 
     @property
@@ -74,8 +73,7 @@ def read_merged(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(f"{path} is no merged checkpoint: {str(error).splitlines()[0]}") from None
     prefix = next(iter(weights)).split(".")[0] + "."
-    if not all(name.startswith(prefix) for name in weights):
-        prefix = ""  # the module was not wrapped
+    prefix *= all(name.startswith(prefix) for name in weights)  # else the module was not wrapped
     found, seen = {}, set()
     for name, weight in weights.items():
         place = (weight.untyped_storage().data_ptr(), weight.storage_offset())

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import pkgutil
 import shutil
 import time
 import warnings
@@ -17,13 +18,15 @@ from nnscaler.graph import tracer
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
 from trainer import setup
-from trainer.args import NativeOptions, TrainerArgs, TrainingFailed, load_type
+from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
 from trainer.checkpoint import checkpoints
-from trainer.loggers import RunLog, perplexity
+from trainer.loggers import perplexity, progress_line
 from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
 from trainer.sampler import GlobalBatchSampler
 from trainer.saver import set_aside
 from trainer.trainer import SIGTERM_EXIT_CODE, TrainState, peak_memory_gib
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -36,11 +39,11 @@ class Trainer:
     def __init__(self, *, train_args: TrainerArgs, options: NativeOptions | None = None):
         self.args, self.options = train_args, options or NativeOptions()
         self.save_dir = Path(train_args.checkpoint.save_dir)
-        path = train_args.checkpoint.get_resume_checkpoint()
-        self.resumed = path if path and path.exists() else None
+        path = Path(train_args.checkpoint.resume_from or "")
+        path = self.save_dir / path if str(path) in ("last", "best") else path
+        self.resumed = path if train_args.checkpoint.resume_from and path.exists() else None
         # nnScaler unpickles what it resumes. Opening a merged file refuses one that holds more than data.
-        saved = NnScalerCheckpoint(path).state if self.resumed else {}
-        self.state = TrainState.from_dict(saved)
+        self.saved = saved = NnScalerCheckpoint(path).state if self.resumed else {}
         recompute = self.options.recompute
         refusals = {
             "--compile=on": self.options.compile,
@@ -60,28 +63,30 @@ class Trainer:
             set_aside(self.save_dir)
         setup.seed_everything(self.args.seed, self.options.deterministic)
         with setup.noted_signals() as signals:
-            hook = RunHook(self.args, self.options, self.state, signals)
+            hook = RunHook(self.args, self.options, self.saved, signals)
             try:
                 cli.Trainer(train_args=self._translate(hook)).run()
             finally:
-                hook.log.close()
+                for log in hook.loggers:
+                    log.finalize()
                 nnscaler.uninit()
 
     def _translate(self, hook: "RunHook") -> "NnScalerArgs":
         ours, mean = self.args, "per-token-mean"
-        model_class = load_type(ours.model.type)
-        traced_class = load_type(getattr(model_class, "for_tracing", model_class))
+        model_class = traced_class = ours.model.type
+        if hasattr(model_class, "for_tracing"):
+            traced_class = pkgutil.resolve_name(model_class.for_tracing)
         for function, dims in getattr(traced_class, "whole_functions", {}).items():
             nnscaler.register_op(dims)(function)
         recomputed = model_class.layer_class.__name__ if self.options.recompute == "full" else ""
         plan = dict(use_zero=True, use_end2end=True, pas_config={"recompute_modules": recomputed})
-        schedule, config, adam = ours.lr_scheduler, ours.optimizer, load_type(ours.optimizer.type)
+        schedule, config, adam = ours.lr_scheduler, ours.optimizer, ours.optimizer.type
         if ours.precision == "bf16" and adam is torch.optim.AdamW:
             adam = MixedPrecisionAdamW  # it keeps fp32 master weights
         resume = self.resumed and cli.trainer_args.ResumeOptions(str(self.resumed))
         # Without a validation set, nnScaler would choose the best by training losses.
         saves = {**vars(ours.checkpoint), "resume_from": resume, "save_best": bool(ours.dataset.val_args)}
-        order = dict(accumulation=ours.grad_accumulation_steps, seed=ours.seed, start=self.state.samples)
+        order = dict(accumulation=ours.grad_accumulation_steps, seed=ours.seed, start=hook.state.samples)
         changed = dict(
             compute_config=nnscaler.ComputeConfig(**vars(ours.compute_config), **plan),
             # The code of another run may hold other weights or shapes.
@@ -107,18 +112,16 @@ class NnScalerArgs(cli.TrainerArgs):
     """nnScaler's arguments also create the parts of a run: this replaces the parts that must be ours."""
 
     def to_dict(self) -> dict:
-        """Goes into every shard; by save_type nnScaler knows that it is one."""
-        return {"checkpoint": {"save_type": "sharded"}}
+        return {"checkpoint": {"save_type": "sharded"}}  # in every shard: nnScaler knows it by that
 
     def create_model(self) -> torch.nn.Module:
         """With its weights, because nnScaler starts from those of the model that it traces."""
         model = super().create_model()
-        names = setup.parameter_names(model)
-        for parameter in names:
+        for parameter in model.parameters():
             if parameter.is_meta:  # swapped in place, so that tied parameters stay tied
                 on_cpu = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
                 torch.utils.swap_tensors(parameter, on_cpu)
-        setup.fill_initial(model, names)
+        setup.fill_weights(model)
         return model
 
     def create_dataloader(self, stage="train", dataset=None):
@@ -160,17 +163,17 @@ def _adapt_surroundings() -> None:
 class RunHook(cli.train_hook.TrainHook):
     """Counts, logs, saves when nnScaler does not, and repairs what it loads; nnScaler calls it on every rank.
 
-    state: of the resumed checkpoint, or a fresh one. signals: which ones arrived (setup.noted_signals).
+    saved: the state of the resumed checkpoint, or {}. signals: which ones arrived (setup.noted_signals).
     """
 
-    def __init__(self, args: TrainerArgs, options: NativeOptions, state: TrainState, signals: dict):
-        self.args, self.options, self.state, self.signals = args, options, state, signals
-        self.log = RunLog(args.log, int(os.environ["RANK"]))
-        self.peak_gib = 0.0
-        self.on_train_end = load_type(args.hook.on_train_end or self.on_train_end)
+    def __init__(self, args: TrainerArgs, options: NativeOptions, saved: dict, signals: dict):
+        self.args, self.options, self.signals = args, options, signals
+        self.state, self.best_val_loss = TrainState.from_dict(saved), saved.get("best_val_loss")
+        self.peak_gib, self.loggers = 0.0, []
+        self.on_train_end = args.hook.on_train_end or self.on_train_end
 
     def after_load_checkpoint(self, trainer, content) -> None:
-        self.log.info("resumed at step %d of %d", self.state.step, self.args.max_train_steps)
+        logger.info("resumed at step %d of %d", self.state.step, self.args.max_train_steps)
         trainer.dataloader_resumed = True  # else nnScaler draws and drops the batches before this step
         for moments in trainer.optimizer.state.values():
             # All parameters of a merged file share one step tensor, which each of them would advance.
@@ -187,19 +190,16 @@ class RunHook(cli.train_hook.TrainHook):
             shutil.rmtree(trainer.train_args.gen_savedir)
 
     def on_train_start(self, trainer) -> None:
-        self.log.open(self.args.to_dict(), self.state.step)
-        trainer.train_status.best_loss = self.state.best_val_loss or math.inf
+        self.loggers = [config.type(**config.args) for config in self.args.log if trainer.rank == 0]
+        for log in self.loggers:
+            log.setup(self.state.step)
+        trainer.train_status.best_loss = self.best_val_loss or math.inf
         if self.options.validate_first and self.state.step == 0:
             trainer._validate(cli.trainer._StepStat())
 
     def on_train_step_start(self, trainer, batches) -> None:
         self.began, self.val_loss = time.perf_counter(), math.nan
         self.step_tokens = sum(int(batch["num_tokens"]) for batch in batches)
-
-    def after_gnorm_clip(self, trainer, gnorm) -> None:
-        if not math.isfinite(gnorm):
-            what = f"the gradient norm of step {self.state.step + 1} is {gnorm.item()}"
-            raise TrainingFailed(f"{what}: lower --learning_rate, then --resume_from=last")
 
     def after_optimizer_step(self, trainer) -> None:
         # nnScaler resets the device's peak before it logs.
@@ -221,14 +221,19 @@ class RunHook(cli.train_hook.TrainHook):
         row = {"epoch": epoch, **{name: metrics[name] for name in ("train_loss", "lr", "gnorm")}}
         speed = {"tokens_per_second": tokens.item() / seconds, "step_seconds": seconds}
         row |= {"tokens": state.tokens, **speed, "peak_memory_gib": self.peak_gib}
-        self.log.write(state.step, row, "train")
-        self.log.progress(state.step, self.args.max_train_steps, row)
+        for log in self.loggers:
+            log.log_metrics(row, state.step, tag="train")
+        logger.info(progress_line(state.step, self.args.max_train_steps, row))
+        if not math.isfinite(row["gnorm"]):
+            fix = "lower --learning_rate or raise --warmup_steps, then --resume_from=last"
+            raise TrainingFailed(f"the gradient norm of step {state.step} is {row['gnorm']}: {fix}")
 
     def before_log_val_metrics(self, trainer, metrics) -> None:
         self.val_loss = metrics["val_loss"]
         row = {"val_loss": self.val_loss, "perplexity": perplexity(self.val_loss)}
-        self.log.write(self.state.step, row, "val")
-        self.log.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *row.values())
+        for log in self.loggers:
+            log.log_metrics(row, self.state.step, tag="val")
+        logger.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *row.values())
 
     def on_step_end(self, trainer, epoch, idx, metrics, aggregated) -> None:
         """Saves where nnScaler does not: at an epoch's end, and when a signal asks for it."""
@@ -240,17 +245,17 @@ class RunHook(cli.train_hook.TrainHook):
         elif self.epoch_ended and not self.args.checkpoint.every_n_train_steps:
             trainer._validate_and_save(cli.trainer._StepStat(train_loss=math.nan))
         if self.terminated:
-            self.log.info("SIGTERM: saved and stopping; --resume_from=last continues from here")
+            logger.info("SIGTERM: saved and stopping; --resume_from=last continues")
             raise SystemExit(SIGTERM_EXIT_CODE)
 
     def on_save_checkpoint(self, trainer, content: dict) -> None:
         """Adds our state to the shard; rank 0 also writes it beside the shards."""
         if is_best := self.val_loss <= trainer.train_status.best_loss:
-            self.state.best_val_loss = self.val_loss
-        total = self.args.global_batch_size
-        state = {**vars(self.state), "global_batch_size": total, "config": self.args.to_dict()}
+            self.best_val_loss = self.val_loss
+        batch, best = self.args.global_batch_size, self.best_val_loss
+        state = {**vars(self.state), "global_batch_size": batch, "best_val_loss": best}
         if hook := self.args.hook.on_save_checkpoint:
-            load_type(hook)(trainer, state)
+            hook(trainer, state)
         content["trainer_state"] = json.dumps(state)
         if trainer.rank == 0:
             folder = Path(self.args.checkpoint.save_dir, f"0000-{self.state.step:04d}")  # one long epoch
