@@ -90,10 +90,8 @@ class Trainer:
             raise ValueError(f"compute_config.runtime_ngpus is {wanted}, but {self.world_size} ranks run")
         setup.seed_everything(args.seed, self.options.deterministic)
         data = args.dataset
-        self.train_set, self.val_set = (
-            data.type(**data.train_args),
-            data.val_args and data.type(**data.val_args),
-        )
+        self.train_set = data.type(**data.train_args)
+        self.val_set = data.type(**data.val_args) if data.val_args else None
         self.control = dist.new_group(backend="gloo")  # for objects and barriers
         self.resumed = setup.open_resumed(args, self.control)
         self.model, self.names = setup.build_model(args, self.options, self.device, self.resumed)
