@@ -39,9 +39,11 @@ class Trainer:
     def __init__(self, *, train_args: TrainerArgs, options: NativeOptions | None = None):
         self.args, self.options = train_args, options or NativeOptions()
         self.save_dir = Path(train_args.checkpoint.save_dir)
-        path = Path(train_args.checkpoint.resume_from or "")
-        path = self.save_dir / path if str(path) in ("last", "best") else path
-        self.resumed = path if train_args.checkpoint.resume_from and path.exists() else None
+        wanted = train_args.checkpoint.resume_from
+        path = wanted and Path(self.save_dir if wanted in ("last", "best") else "", wanted)
+        self.resumed = path if path and path.exists() else None
+        if wanted and not self.resumed:
+            logger.warning("WARNING: there is no %s: training starts fresh", path)
         # nnScaler unpickles what it resumes. Opening a merged file refuses one that holds more than data.
         self.saved = saved = NnScalerCheckpoint(path).state if self.resumed else {}
         recompute = self.options.recompute
@@ -73,12 +75,10 @@ class Trainer:
 
     def _translate(self, hook: "RunHook") -> "NnScalerArgs":
         ours, mean = self.args, "per-token-mean"
-        model_class = traced_class = ours.model.type
-        if hasattr(model_class, "for_tracing"):
-            traced_class = pkgutil.resolve_name(model_class.for_tracing)
+        traced_class = pkgutil.resolve_name(ours.model.type.for_tracing)
         for function, dims in getattr(traced_class, "whole_functions", {}).items():
             nnscaler.register_op(dims)(function)
-        recomputed = model_class.layer_class.__name__ if self.options.recompute == "full" else ""
+        recomputed = traced_class.layer_class.__name__ if self.options.recompute == "full" else ""
         plan = dict(use_zero=True, use_end2end=True, pas_config={"recompute_modules": recomputed})
         schedule, config, adam = ours.lr_scheduler, ours.optimizer, ours.optimizer.type
         if ours.precision == "bf16" and adam is torch.optim.AdamW:
@@ -187,7 +187,7 @@ class RunHook(cli.train_hook.TrainHook):
 
     def after_setup(self, trainer) -> None:
         if trainer.local_rank == 0:  # all ranks have loaded the generated code
-            shutil.rmtree(trainer.train_args.gen_savedir)
+            shutil.rmtree(trainer.train_args.gen_savedir, ignore_errors=True)
 
     def on_train_start(self, trainer) -> None:
         self.loggers = [config.type(**config.args) for config in self.args.log if trainer.rank == 0]
