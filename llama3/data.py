@@ -1,24 +1,28 @@
-"""Prepared data: text or chat -> samples of equal length on disk (`prepare`), and from there to batches (`open_split`, `Collator`).
-
-Every byte of what `prepare` leaves follows from the source, the tokenizer and the settings alone, however often it was interrupted.
-"""
+"""Prepared data: text or chat -> samples of equal length on disk (`prepare`), and from there to batches."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import xxhash
+from datasets import Dataset, DatasetDict
+from filelock import FileLock, Timeout
 
+from llama3 import shards, sources
 from llama3.assets import document_separator
+from llama3.encode import Encoder
 from llama3.loss import IGNORED
 
-FORMAT = 1  # of the prepared folder; raised whenever the same input would give other bytes
+FORMAT = 2  # of the prepared folder; raised whenever the same input would give other samples
+FILE_BYTES = 500 << 20  # of a saved split's files, about
 
 
 class DataError(ValueError):
@@ -38,7 +42,8 @@ def prepare(
 ) -> Path:
     """Tokenize, pack and split `dataset_id` into a DatasetDict at `dataset_path`, and print a summary.
 
-    With the settings of an earlier preparation this does nothing, with others it refuses. Raises DataError and AssetError.
+    With the settings of an earlier preparation this does nothing, with others it refuses. After a kill it
+    continues. Raises DataError, AssetError, EncodeError and ProcessKilled.
     """
     target = Path(dataset_path)
     target = target.resolve() if target.is_symlink() else target
@@ -47,17 +52,13 @@ def prepare(
             f"--dataset_path={dataset_path} cannot be renamed into place: name a folder inside it"
         )
     if not 0 <= validation_fraction < 1:
-        raise DataError(
-            f"--validation_fraction is {validation_fraction}: give a fraction from 0 up to, but not, 1"
-        )
+        raise DataError(f"--validation_fraction is {validation_fraction}: give a fraction from 0 to below 1")
     if max_seq_len < 2:
         raise DataError(f"--max_seq_len is {max_seq_len}: a sample needs at least 2 tokens")
-    from llama3.sources import Source
-
-    source = Source(dataset_id, text_column)
+    files = sources.find_files(dataset_id)
     settings = dict(
         format=FORMAT,
-        source=source.identity or dataset_id,
+        source=sources.identity(files) if files else dataset_id,
         tokenizer=_fingerprint(tokenizer),
         max_seq_len=max_seq_len,
         validation_fraction=validation_fraction,
@@ -66,32 +67,38 @@ def prepare(
     )
     work = target.with_name(target.name + ".preparing")
     if work.exists() or not _already_prepared(target, settings):
-        with _only_one(work):
-            if not _already_prepared(target, settings):  # else another process did it while this one waited
-                _prepare_alone(
-                    source, tokenizer, target, work, settings, skip_bad_samples, num_proc or _cores()
-                )
+        with _only_one(work) as lock_file:
+            if not _already_prepared(target, settings):  # another process may have done it meanwhile
+                paths = _tokenize(dataset_id, files, tokenizer, settings, work, num_proc or _cores())
+                index = _index(paths)
+                _check(index, dataset_id, max_seq_len, skip_bad_samples)
+                _publish(_pack(paths, index, dataset_id, settings), target)
+                print(summary(target, tokenizer))
             shutil.rmtree(work, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)  # a process that still waits for it finds the data in place
     return target
 
 
 def open_split(
     dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples: int | None = None
 ):
-    """Split 'train' or 'validation' as a datasets.Dataset of rows in numpy; of `max_samples`, always the same ones, evenly spaced.
+    """Split 'train' or 'validation' as a datasets.Dataset of rows in numpy.
 
-    Raises DataError if it is not prepared, prepared with another sequence length, or with ids from `vocab_size` up.
+    Of more than `max_samples` rows, always the same ones are taken, evenly spaced. Raises DataError if the
+    data are not prepared, or with another sequence length, or with token ids from `vocab_size` up.
     """
     path = Path(dataset_path)
     facts = _read_facts(path)
-    fix = f"`python train.py --prepare_data --dataset_path={path} --max_seq_len={max_seq_len}` with this run's other data flags"
+    command = f"python train.py --prepare_data --max_seq_len={max_seq_len}"
     if facts is None:
-        raise DataError(f"{path} is not prepared: run {fix}")
+        raise DataError(
+            f"{path} is not prepared: run `{command} --dataset_path={path}` with this run's other data flags"
+        )
     prepared = facts["settings"]["max_seq_len"]
     if prepared != max_seq_len:
         raise DataError(
-            f"{path} holds samples of {prepared} tokens, --max_seq_len is {max_seq_len}: use --max_seq_len={prepared}, "
-            f"or another --dataset_path, prepared by `python train.py --prepare_data --max_seq_len={max_seq_len}`"
+            f"{path} holds samples of {prepared} tokens, --max_seq_len is {max_seq_len}: "
+            f"use --max_seq_len={prepared}, or another --dataset_path, prepared by `{command}`"
         )
     if facts["max_token_id"] >= vocab_size:
         raise DataError(
@@ -110,7 +117,7 @@ def open_split(
 
 
 class Collator:
-    """Rows -> a batch that is always (micro_batch_size, max_seq_len): missing rows become rows without targets."""
+    """Rows -> a batch that is always (micro_batch_size, max_seq_len); a missing row has no targets."""
 
     def __init__(self, max_seq_len: int, micro_batch_size: int):
         self.max_seq_len = max_seq_len
@@ -119,8 +126,9 @@ class Collator:
     def __call__(self, rows: list[dict]) -> dict:
         """Batch of B = micro_batch_size rows of T = max_seq_len tokens.
 
-        input_ids, labels, position_ids: (B, T) int64; labels are shifted, IGNORED where there is no target. cu_seqlens: int32 bounds
-        of the document pieces in the B * T tokens laid end to end. num_tokens: int, without the rows that were missing.
+        input_ids, labels, position_ids: (B, T) int64; labels are shifted, IGNORED where there is no target.
+        cu_seqlens: int32 bounds of the document pieces in the B * T tokens laid end to end.
+        num_tokens: int, without the rows that were missing.
         """
         B, T = self.micro_batch_size, self.max_seq_len
         assert len(rows) <= B, f"{len(rows)} rows for a micro-batch of {B}"
@@ -146,50 +154,155 @@ class Collator:
         )
 
 
-def _prepare_alone(
-    source, tokenizer, target: Path, work: Path, settings: dict, skip_bad_samples: bool, num_proc: int
-) -> None:
-    from llama3.packing import pack
-    from llama3.tokenizing import Encoder, tokenize
+# ---- from a source to samples
 
-    source.open()
-    key = _hash([settings, source.identity or source.rows._fingerprint, datasets.__version__])
-    for stale in work.iterdir():  # of other settings
+
+def _tokenize(dataset_id: str, files, tokenizer, settings: dict, work: Path, num_proc: int) -> list[Path]:
+    """The tokenized shards of a source, in a folder of `work` that these settings alone use."""
+    T, text_column = settings["max_seq_len"], settings["text_column"]
+    rows = None if files else sources.load_from_hub(dataset_id, text_column)
+    key = _hash([settings, rows is not None and rows._fingerprint, datasets.__version__])
+    for stale in work.iterdir():
         if stale.name != key:
             shutil.rmtree(stale)
-    folder = work / key
-    encoder = Encoder(tokenizer, settings["max_seq_len"] if source.joins_rows else 0)
-    parts = tokenize(source, encoder, folder / "parts", num_proc)
-    bad = sum(part["bad"] for part in parts)
-    if bad and not skip_bad_samples:
-        examples = "\n  ".join([example for part in parts for example in part["bad_examples"]][:5])
-        what = f"{bad} bad sample{'s' * (bad > 1)}"
+    join_tokens = 0
+    if rows is None:
+        blocks, read = shards.file_blocks(files, text_column, work / key)
+    else:
+        join_tokens = T if dataset_id in sources.BOOKCORPUS else 0
+        blocks, read = shards.hub_blocks(rows, dataset_id, text_column, join_tokens)
+    encoder = Encoder(tokenizer, join_tokens)
+    count = min(shards.MAX_SHARDS, len(blocks))
+    paths = [work / key / "shards" / f"{number:04}.arrow" for number in range(count)]
+    shards.tokenize(blocks, lambda block: encoder.encode(read(block)), settings["seed"], paths, num_proc)
+    return paths
+
+
+class Index(NamedTuple):
+    """The documents of all shards, n of them, and what is left out."""
+
+    keys: np.ndarray  # (n,) int64
+    lengths: np.ndarray  # (n,) int64, in tokens
+    masked: bool  # is anything not to be learned?
+    empty_samples: int
+    bad_samples: int
+    examples: list[str]  # of bad samples, the first few
+
+
+def _index(paths: list[Path]) -> Index:
+    keys, lengths, masked, empty, bad, examples = [], [], False, 0, 0, []
+    for table in (Dataset.from_file(str(path)).data for path in paths):
+        length = pc.list_value_length(table["input_ids"]).to_numpy()
+        problems = table["problem"].drop_null()
+        keys.append(table["key"].to_numpy()[length > 0])
+        lengths.append(length[length > 0])
+        masked |= pc.min(pc.list_flatten(table["loss_mask"])).as_py() == 0
+        empty += int((length == 0).sum()) - len(problems)
+        bad += len(problems)
+        examples += problems[: 5 - len(examples)].to_pylist()
+    return Index(np.concatenate(keys), np.concatenate(lengths, dtype=np.int64), masked, empty, bad, examples)
+
+
+def _check(index: Index, dataset_id: str, T: int, skip_bad_samples: bool) -> None:
+    if index.bad_samples and not skip_bad_samples:
+        examples = "\n  ".join(index.examples)
+        what = f"{index.bad_samples} bad sample{'s' * (index.bad_samples > 1)}"
+        fix = "Mend or remove them, or leave them out with --skip_bad_samples."
+        raise DataError(f"{dataset_id} has {what}:\n  {examples}\n{fix}")
+    if index.lengths.sum() < T:
         raise DataError(
-            f"{source.dataset_id} has {what}:\n  {examples}\nMend or remove them, or leave them out with --skip_bad_samples."
+            f"the source has {len(index.lengths)} documents with {index.lengths.sum()} tokens in all, "
+            f"fewer than one sample of --max_seq_len={T}: give more text or a smaller --max_seq_len"
         )
-    result = folder / "result"
-    shutil.rmtree(result, ignore_errors=True)
+
+
+def _held_out_below(index: Index, T: int, fraction: float) -> int:
+    """Documents with a smaller key than this are held out, so that equal documents are on the same side.
+
+    They are the wanted fraction of the documents, or as many more as fill one sample.
+    """
+    if fraction == 0:
+        return 0
+    order = np.argsort(index.keys)
+    wanted = max(1, round(fraction * len(order)))
+    full = 1 + np.searchsorted(np.cumsum(index.lengths[order]), T)
+    bound = 1 + int(index.keys[order][: max(wanted, full)][-1])
+    if index.lengths[index.keys >= bound].sum() < T:
+        print("warning: too little text to hold documents out for validation, all of it is for training")
+        return 0
+    return bound
+
+
+def _pack(paths: list[Path], index: Index, dataset_id: str, settings: dict) -> Path:
+    """Save both splits and preparation.json in a folder beside the shards."""
+    T, folder = settings["max_seq_len"], paths[0].parent.parent
+    bound = _held_out_below(index, T, settings["validation_fraction"])
+    options = dict(paths=tuple(map(str, paths)), T=T, bound=bound, masked=index.masked)
+    splits, counts, rows_at_once = DatasetDict(), {}, 1 + (1 << 20) // T
+    for split, chosen in (("train", index.keys >= bound), ("validation", index.keys < bound)):
+        samples, dropped = divmod(int(index.lengths[chosen].sum()), T)
+        if samples:
+            splits[split] = shards.generated(_samples, folder, rows_at_once, split=split, **options)
+        else:
+            splits[split] = splits["train"].select([])
+        targets = _reduce(pc.sum, splits[split], "loss_mask") if index.masked else samples * T
+        counts[split] = dict(documents=int(chosen.sum()), samples=samples, tokens=samples * T)
+        counts[split] |= dict(dropped_tokens=dropped, target_tokens=targets)
+    shutil.rmtree(folder / "result", ignore_errors=True)
+    files = {split: 1 + rows.data.nbytes // FILE_BYTES for split, rows in splits.items()}
+    splits.save_to_disk(str(folder / "result"), num_shards=files)
+    bins = np.bincount(np.frexp(index.lengths)[1])  # powers of two
     facts = dict(
         settings=settings,
-        dataset_id=source.dataset_id,
+        dataset_id=dataset_id,
         datasets=datasets.__version__,
-        max_token_id=max(part["max_token_id"] for part in parts),
-        empty_samples=sum(part["empty"] for part in parts),
-        bad_samples=bad,
-        **pack(folder, parts, result, settings, key),
+        **{name: {split: counts[split][name] for split in counts} for name in counts["train"]},
+        documents_by_length={f"{2**n // 2}-{2**n - 1}": int(count) for n, count in enumerate(bins) if count},
+        empty_samples=index.empty_samples,
+        bad_samples=index.bad_samples,
+        max_token_id=max(_reduce(pc.max, rows, "input_ids") for rows in splits.values()),
     )
-    (result / "preparation.json").write_text(json.dumps(facts, indent=2) + "\n")
-    for path in result.rglob("*"):  # on disk before it is visible
+    (folder / "result" / "preparation.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return folder / "result"
+
+
+def _reduce(function, rows: Dataset, column: str) -> int:
+    """Sum or maximum of a column of lists; 0 without rows."""
+    return function(pc.list_flatten(rows.data[column])).as_py() or 0
+
+
+def _samples(paths: tuple[str, ...], T: int, bound: int, masked: bool, split: str) -> Iterator[dict]:
+    """The documents of a split end to end, cut every T tokens; what does not fill a sample is dropped."""
+    ids, mask, starts = np.empty(0, np.int32), np.empty(0, np.uint8), np.empty(0, np.int64)
+    for batch in (batch for path in paths for batch in Dataset.from_file(path).data.to_batches()):
+        lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
+        chosen = (batch["key"].to_numpy() < bound) == (split == "validation")
+        tokens = np.repeat(chosen, lengths)
+        lengths = lengths[chosen & (lengths > 0)]
+        starts = np.concatenate([starts, len(ids) + np.cumsum(lengths) - lengths])
+        ids = np.concatenate([ids, batch["input_ids"].flatten().to_numpy()[tokens]])
+        mask = np.concatenate([mask, batch["loss_mask"].flatten().to_numpy()[tokens]])
+        whole = len(ids) // T * T
+        for begin in range(0, whole, T):
+            here = starts[slice(*np.searchsorted(starts, (begin, begin + T)))] - begin
+            here = np.union1d([0], here).astype(np.int32)  # 0 even where the sample continues a document
+            sample = dict(input_ids=ids[begin : begin + T], document_starts=here)
+            yield sample | dict(loss_mask=mask[begin : begin + T]) if masked else sample
+        ids, mask, starts = ids[whole:], mask[whole:], starts[starts >= whole] - whole
+
+
+def _publish(result: Path, target: Path) -> None:
+    """Flush all files to the disk, then rename their folder into place."""
+    for path in result.rglob("*"):
         if path.is_file():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     if target.is_dir():  # an empty one
         target.rmdir()
     result.rename(target)
-    print(summary(target, tokenizer))
 
 
-# ---- the prepared folder ----
+# ---- the prepared folder
 
 
 def _already_prepared(target: Path, settings: dict) -> bool:
@@ -199,24 +312,24 @@ def _already_prepared(target: Path, settings: dict) -> bool:
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise DataError(f"{target} exists and is not a prepared data set: choose another --dataset_path")
         return False
-    wanted = json.loads(json.dumps(settings))
-    other = [name for name in wanted if facts["settings"].get(name) != wanted[name]]
-    if other:
-        short = {
-            name: f"{name} {facts['settings'].get(name)}, now {wanted[name]}"
-            for name in ("max_seq_len", "seed", "text_column")
-        }
-        short["source"] = f"another source or changed files (it was {facts['dataset_id']})"
-        short["tokenizer"] = "another tokenizer"
-        short["validation_fraction"] = f"validation_fraction {facts['settings'].get('validation_fraction')}"
-        differences = "; ".join(short.get(name, name) for name in other)
+    known = facts["settings"]
+    words = dict(
+        source=f"another source or changed files (it was {facts['dataset_id']})",
+        tokenizer="another tokenizer",
+    )
+    differences = [
+        words.get(name, f"{name} {known.get(name)}, now {value}")
+        for name, value in json.loads(json.dumps(settings)).items()
+        if known.get(name) != value
+    ]
+    if differences:
         raise DataError(
-            f"{target} is prepared with other settings ({differences}): choose another --dataset_path, or remove the folder to prepare anew"
+            f"{target} is prepared with other settings ({'; '.join(differences)}): "
+            "choose another --dataset_path, or remove the folder to prepare anew"
         )
     left_out = f", {facts['bad_samples']} bad samples left out" if facts["bad_samples"] else ""
-    print(
-        f"{target} is already prepared with these settings ({facts['samples']['train']:,} training samples{left_out}): nothing to do"
-    )
+    samples = f"{facts['samples']['train']:,} training samples{left_out}"
+    print(f"{target} is already prepared with these settings ({samples}): nothing to do")
     return True
 
 
@@ -228,19 +341,17 @@ def _read_facts(path: Path) -> dict | None:
 
 
 def summary(path: Path, tokenizer) -> str:
-    """What was prepared, for a reader: counts, lengths of the documents, and a sample in which what is learned stands in brackets."""
+    """Counts, the documents' lengths, and a sample in which what is learned stands in brackets."""
     facts = _read_facts(path)
     lines = [f"prepared {path}"]
     for split in ("train", "validation"):
-        counts = [facts[name][split] for name in ("documents", "tokens", "samples", "dropped_tokens")]
-        lines.append(
-            "  {:<10} {:>12,} documents {:>15,} tokens {:>10,} samples {:>8,} tokens dropped at the end".format(
-                split, *counts
-            )
+        documents, tokens, samples, dropped = (
+            facts[name][split] for name in ("documents", "tokens", "samples", "dropped_tokens")
         )
-    lines.append(
-        f"  {facts['empty_samples']:,} empty samples skipped, {facts['bad_samples']:,} bad samples left out"
-    )
+        counts = f"{documents:>12,} documents {tokens:>15,} tokens {samples:>10,} samples {dropped:>8,}"
+        lines.append(f"  {split:<10} {counts} tokens dropped at the end")
+    empty, bad = facts["empty_samples"], facts["bad_samples"]
+    lines.append(f"  {empty:,} empty samples skipped, {bad:,} bad samples left out")
     lines.append("  documents by length in tokens:")
     most = max(facts["documents_by_length"].values())
     for name, count in facts["documents_by_length"].items():
@@ -261,15 +372,9 @@ def summary(path: Path, tokenizer) -> str:
 
 def _fingerprint(tokenizer) -> str:
     """Hash of what decides the token ids, the same in every version of the libraries."""
-    probe = "Hello, world!  1790's\n\tnaïve 中文 <|end_of_text|>"
-    ids = tokenizer(probe)["input_ids"]
-    facts = [
-        sorted(tokenizer.get_vocab().items()),
-        ids,
-        document_separator(tokenizer),
-        tokenizer.chat_template,
-    ]
-    return _hash(facts)
+    ids = tokenizer("Hello, world!  1790's\n\tnaïve 中文 <|end_of_text|>")["input_ids"]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return _hash([vocabulary, ids, document_separator(tokenizer), tokenizer.chat_template])
 
 
 def _hash(facts) -> str:
@@ -281,24 +386,19 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _only_one(work: Path):
-    """Make the folder `work` and lock it, waiting for another process that has it; the kernel frees what a dead one held."""
-    while True:
+def _only_one(work: Path) -> Iterator[Path]:
+    """Make the folder `work` and lock it, waiting for another process that has it; gives the lock's file."""
+    lock = FileLock(work.with_name(work.name + ".lock"))
+    try:
+        work.mkdir(parents=True, exist_ok=True)
         try:
-            work.mkdir(parents=True, exist_ok=True)
-            handle = os.open(work, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{work} cannot be made ({error}): choose another --dataset_path") from error
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is preparing in {work}: waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if work.exists() and os.path.samestat(
-                os.fstat(handle), work.stat()
-            ):  # not removed by the one that was done
-                yield
-                return
-        finally:
-            os.close(handle)
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"another process is preparing in {work}: waiting for it")
+            lock.acquire()
+    except OSError as error:
+        raise DataError(f"{work} cannot be made ({error}): choose another --dataset_path") from error
+    try:
+        yield Path(lock.lock_file)
+    finally:
+        lock.release()

@@ -1,32 +1,33 @@
-"""Next-token cross entropy straight from hidden states, in chunks, so that the logits of a whole batch never exist at once."""
+"""Computes next-token cross entropy from hidden states in chunks, so that only one chunk's logits exist.
+
+Shapes: N positions with a target, n of them in a chunk, hidden size D, vocabulary V.
+"""
 
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100  # the label of a position that predicts nothing
-LOGITS_PER_CHUNK = 2**26  # 256 MiB in fp32; smaller chunks cost more additions to the weight's gradient
+IGNORED = -100  # the label of a position without a target
+LOGITS_PER_CHUNK = 2**26  # 256 MiB in fp32; smaller chunks add to the weight's gradient more often
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients are computed with the loss, while a chunk's logits are at hand: backward only scales them."""
+    """Computes the gradients with the loss, while a chunk's logits exist; backward only scales them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, needs_grad):
-        N, V = hidden.shape[0], weight.shape[0]
-        chunk = max(1, LOGITS_PER_CHUNK // V)
+        chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        # Summed over chunks in fp32: a bf16 sum would lose the small contributions.
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
-        )
-        for start in range(0, N, chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk]  # (n, H), (n,)
+        if needs_grad:
+            grad_hidden = torch.empty_like(hidden)
+            # The sum over chunks is in fp32: in bf16 it would lose small contributions.
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, hidden.shape[0], chunk):
+            h, y = hidden[start : start + chunk], labels[start : start + chunk]  # (n, D), (n,)
             logits = F.linear(h, weight).float()  # (n, V)
             largest = logits.amax(-1, keepdim=True)  # (n, 1)
-            target = logits.gather(1, y[:, None])
-            exponentials = logits.sub_(largest).exp_()  # in place: the logits are not needed again
-            total = exponentials.sum(-1, keepdim=True)
+            target = logits.gather(1, y[:, None])  # (n, 1)
+            exponentials = logits.sub_(largest).exp_()  # in place, to save memory
+            total = exponentials.sum(-1, keepdim=True)  # (n, 1)
             loss_sum += (total.log() + largest - target).sum()
             if needs_grad:
                 grad = exponentials.div_(total)  # the softmax
@@ -40,19 +41,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad_loss.to(grad_hidden.dtype),
-            grad_weight * grad_loss.to(grad_weight.dtype),
-            None,
-            None,
-        )
+        hidden, weight = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden, weight, None, None
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum, in nats and fp32, of the cross entropy at the positions whose label is not -100.
+    """Return the cross entropy, summed over the positions whose label is not -100, in nats and fp32.
 
-    hidden (..., H), weight (V, H) in the same dtype, labels (...) already shifted: labels[t] is the token that position t predicts.
+    hidden (..., D) and weight (V, D) have one dtype. labels (...) are already shifted: labels[t] is the token
+    that position t predicts.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     valid = labels != IGNORED

@@ -1,9 +1,9 @@
-"""The sizes by name, facts only: model configurations that need no hub, and the flag defaults of --mini and --demo."""
+"""Names the sizes: model configurations that need no hub, and the flag defaults of --mini and --demo."""
 
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMOLLM2 = "smollm2-135m"
 
-# Arguments of transformers' LlamaConfig, by model id.
+# The arguments of transformers' LlamaConfig, by model id.
 CONFIGS = {
     LLAMA3_8B: dict(
         hidden_size=4096,
@@ -36,7 +36,7 @@ CONFIGS = {
     ),
 }
 
-# A preset is a set of flag defaults: an explicit flag beside it wins.
+# A preset is a set of flag defaults; a flag on the command line wins.
 MINI = dict(from_scratch=True, num_hidden_layers=4, max_seq_len=4096)
 DEMO = dict(
     model_id=SMOLLM2,

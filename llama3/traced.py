@@ -1,4 +1,4 @@
-"""Llama in the form that nnScaler's tracer takes: one path, and the two functions it cannot look into kept whole."""
+"""Gives Llama the form that nnScaler can trace: one path, and two functions that stay whole."""
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -8,10 +8,10 @@ from llama3.model import Llama, packed_attention
 
 
 def document_attention(query, key, value, positions, scaling=None):
-    """As packed_attention, but the documents come as positions (B, 1, 1, T) that restart at 0 with each of them.
+    """packed_attention whose documents are given by positions (B, 1, 1, T) that restart at 0 with each.
 
-    Unlike document boundaries they have the same shape in every batch, and any values of them are valid: nnScaler's profiler calls this
-    with zeros.
+    Positions have the same shape in every batch, and all their values are valid, unlike boundaries:
+    nnScaler's profiler calls this with zeros. Shapes are packed_attention's.
     """
     B, T = query.shape[0], query.shape[2]
     starts = positions.reshape(B, T) == 0
@@ -29,9 +29,9 @@ ALL_ATTENTION_FUNCTIONS["documents"] = _attend
 
 
 class TracedLlama(Llama):
-    """The same parameters and the same loss as Llama's."""
+    """Llama with the same parameters and the same loss."""
 
-    # Functions to keep whole -> the dims of their tensors, in nnScaler's notation ("^": never to be split).
+    # Each function that stays whole -> the dims of its tensors in nnScaler's notation ("^": never split).
     whole_functions = {
         document_attention: "b n^ t^ h^, b k^ t^ h^, b k^ t^ h^, b 1 1 t^ -> b t^ n^ h^",
         chunked_cross_entropy: "b^ t^ d^, v^ d^, b^ t^ -> 1",

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input is a sentence that names the place, or a skip that is counted: never a traceback, never silence."""
+"""Whatever is wrong with the input is a sentence that names the place, or a skip that is counted."""
 
 import gzip
 import json
@@ -6,109 +6,103 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import facts, make_texts, small_tokenizer, write_jsonl
+from helpers.corpora import facts, make_texts, prepare_records, small_tokenizer, write_jsonl
 
-from llama3 import sources
+from llama3 import shards, sources
 from llama3.data import prepare
 
 GOOD = make_texts(30)
+USER, REPLY = dict(role="user", content="a"), dict(role="assistant", content="b")
+LINES = [json.dumps({"text": text}).encode() for text in GOOD]
 
 
-def jsonl(*lines: bytes):
+def jsonl(*lines: bytes, end=b"\n", start=b""):
     """A good file with these lines in it, from line 4 on."""
-    texts = [json.dumps({"text": text}).encode() for text in GOOD]
-    return lambda folder: (folder / "a.jsonl").write_bytes(
-        b"\n".join([*texts[:3], *lines, *texts[3:]]) + b"\n"
-    )
+    data = start + end.join([*LINES[:3], *lines, *LINES[3:]]) + end
+    return lambda folder: (folder / "a.jsonl").write_bytes(data)
 
 
-def parquet(column, name="text"):
-    return lambda folder: pq.write_table(pa.table({name: column}), folder / "a.parquet")
+def turns(*messages) -> bytes:
+    return json.dumps({"messages": messages}).encode()
 
 
-def text(data: bytes):
+def file(name: str, data: bytes):
+    """A file of these bytes beside a good one."""
+
     def write(folder):
         write_jsonl(folder / "good.jsonl", GOOD)
-        (folder / "a.txt").write_bytes(data)
+        (folder / name).write_bytes(data)
 
     return write
 
 
-def binary_strings(folder):
-    """A parquet file whose strings are not UTF-8."""
-    values = [text.encode() for text in GOOD[:5]] + [b"bad \xff byte"] + [text.encode() for text in GOOD[5:]]
-    column = pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
-    pq.write_table(pa.table({"text": column}), folder / "a.parquet")
+def table_bytes(column, name: str = "text", **options) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: column}), sink, **options)
+    return sink.getvalue().to_pybytes()
 
 
-def torn_parquet(folder):
-    write_jsonl(folder / "good.jsonl", GOOD)
-    pq.write_table(pa.table({"text": GOOD}), folder / "a.parquet")
-    (folder / "a.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-100])
+def parquet(column, **options):
+    return lambda folder: (folder / "a.parquet").write_bytes(table_bytes(column, **options))
 
 
-def broken_pages(folder):
-    """A parquet file whose end is whole and whose pages are not."""
-    pq.write_table(pa.table({"text": GOOD}), folder / "a.parquet", compression="zstd")
-    data = bytearray((folder / "a.parquet").read_bytes())
-    data[40:140] = bytes(100)
-    (folder / "a.parquet").write_bytes(data)
-    write_jsonl(folder / "good.jsonl", GOOD)
+VALUES = [*map(str.encode, GOOD[:5]), b"bad \xff byte", *map(str.encode, GOOD[5:])]
+NOT_UTF8 = pa.Array.from_buffers(pa.string(), len(VALUES), pa.array(VALUES, pa.binary()).buffers())
+BROKEN_PAGES = bytearray(table_bytes(GOOD, compression="zstd"))  # whole at its end
+BROKEN_PAGES[40:140] = bytes(100)
+BIG_GZIP = gzip.compress(b"".join(line + b"\n" for line in LINES * 200))
+YEAR_OUT_OF_RANGE = pa.array([2**60], pa.timestamp("us"))
+
+BAD_LINES = [  # (line of a .jsonl, what the complaint about it must begin with)
+    (b'{"text": ', "not JSON"),
+    (b'{"text": "a"}{"text": "b"}', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'["text"]', "a JSON list"),
+    (b"7", "a JSON int"),
+    (b'{"a": "x", "b": "y"}', "no column 'text' but 'a', 'b'"),
+    (b'{"text": 7}', "column 'text' is int, not text"),
+    (b'{"text": ["a"]}', "column 'text' is list, not text"),
+    (b'{"text": "a\\ud800"}', "column 'text' has an unpaired surrogate"),
+    (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9"),
+    (b'{"prompt": null, "completion": "x"}', "the content of turn 1 is null"),
+    (turns(), "'messages' is not a list of turns, or empty"),
+    (b'{"messages": "hello"}', "'messages' is not a list of turns"),
+    (turns("hello"), "turn 1 has role 'hello'"),
+    (turns({"content": "x"}), "turn 1 has role 'None'"),
+    (turns(USER | {"role": "user<|im_end|>"}), "turn 1 has role"),
+    (turns(USER, REPLY | {"content": None}), "the content of turn 2 is null"),
+    (turns(USER, REPLY | {"content": []}), "the content of turn 2 is list"),
+    (turns(USER, REPLY | {"content": "\ud800"}), "the content of turn 2 has an unpaired surrogate"),
+    (turns(USER, REPLY | {"tool_calls": [{"name": "f"}]}), "turn 2 has tool_calls"),
+    (turns(USER, REPLY | {"weight": 0}), "turn 2 has a weight"),
+    (turns(USER), "no assistant turn to learn"),
+    (turns(REPLY, USER), "it begins with an assistant turn"),
+]
+BAD_FILES = [  # (name, content, what the complaint must begin with)
+    ("a.txt", b"first\nsecond\ncaf\xe9", "a.txt:3: not UTF-8: byte 0xe9"),
+    ("a.txt", "text".encode("utf-16"), "a.txt:1: not UTF-8: byte 0xff"),
+    ("a.parquet", table_bytes(GOOD)[:-100], "a.parquet: cannot be read"),
+    ("a.parquet", bytes(BROKEN_PAGES), "a.parquet: cannot be read"),
+    ("a.parquet", b"PAR0", "a.parquet: cannot be read"),
+    ("a.parquet", b"", "a.parquet: cannot be read"),
+    ("a.parquet", table_bytes(NOT_UTF8), "a.parquet row 6: not UTF-8: byte 0xff"),
+    ("a.parquet", table_bytes([7]), "a.parquet row 1: column 'text' is int, not text"),
+    ("a.parquet", table_bytes(YEAR_OUT_OF_RANGE, "when"), "a.parquet: no column 'text' but 'when'"),
+    ("a.jsonl.gz", BIG_GZIP[: len(BIG_GZIP) // 2], "a.jsonl.gz: cannot be read"),
+    ("a.txt.gz", b"this is not packed", "a.txt.gz: cannot be read"),
+]
+BAD = [(jsonl(line), f"a.jsonl:4: {said}") for line, said in BAD_LINES]
+BAD += [(file(name, content), said) for name, content, said in BAD_FILES]
 
 
-def torn_gzip(folder):
-    lines = "".join(json.dumps({"text": text * 200}) + "\n" for text in make_texts(300, seed=3))
-    packed = gzip.compress(lines.encode())
-    (folder / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    write_jsonl(folder / "good.jsonl", GOOD)
-
-
-def not_gzip(folder):
-    (folder / "a.txt.gz").write_bytes(b"this is not packed")
-    write_jsonl(folder / "good.jsonl", GOOD)
-
-
-# name: (how to write it, what the complaint must contain)
-BAD = {
-    "invalid JSON": (jsonl(b'{"text": '), "a.jsonl:4: not JSON"),
-    "two records on a line": (jsonl(b'{"text": "a"}{"text": "b"}'), "a.jsonl:4: not JSON"),
-    "a list for a record": (jsonl(b'["text"]'), "a.jsonl:4: a JSON list"),
-    "a number for a record": (jsonl(b"7"), "a.jsonl:4: a JSON int"),
-    "nesting without end": (jsonl(b"[" * 100_000), "a.jsonl:4: not JSON"),
-    "no such column": (jsonl(b'{"body": "x", "title": "y"}'), "a.jsonl:4: no column 'text' but 'body', 'title'"),
-    "a number for the text": (jsonl(b'{"text": 7}'), "a.jsonl:4: column 'text' is int, not text"),
-    "a list for the text": (jsonl(b'{"text": ["a"]}'), "a.jsonl:4: column 'text' is list, not text"),
-    "an unpaired surrogate": (jsonl(b'{"text": "a\\ud800"}'), "a.jsonl:4: column 'text' has an unpaired surrogate"),
-    "a line that is not UTF-8": (jsonl(b'{"text": "caf\xe9"}'), "a.jsonl:4: not UTF-8: byte 0xe9"),
-    "a prompt without text": (jsonl(b'{"prompt": null, "completion": "x"}'), "a.jsonl:4: the content of turn 1 is null"),
-    "a file that is not UTF-8": (text(b"first\nsecond\ncaf\xe9"), "a.txt:3: not UTF-8: byte 0xe9"),
-    "a file in UTF-16": (text("text".encode("utf-16")), "a.txt:1: not UTF-8: byte 0xff"),
-    "a parquet file without its end": (torn_parquet, "a.parquet: cannot be read"),
-    "a parquet file with broken pages": (broken_pages, "a.parquet: cannot be read"),
-    "a parquet file of something else": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD),
-                                         (folder / "a.parquet").write_text("PAR0")), "a.parquet: cannot be read"),
-    "an empty parquet file": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD), (folder / "a.parquet").touch()),
-                              "a.parquet: cannot be read"),
-    "strings in parquet that are not UTF-8": (binary_strings, "a.parquet row 6: not UTF-8: byte 0xff"),
-    "numbers in a parquet column": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD), parquet([7])(folder)),
-                                    "a.parquet row 1: column 'text' is int, not text"),
-    "a parquet file without text": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD), pq.write_table(
-        pa.table({"when": pa.array([2**60], pa.timestamp("us")), "body": ["x"]}), folder / "a.parquet")),
-                                    "a.parquet: no column 'text' but 'when', 'body'"),
-    "a gzip file cut short": (torn_gzip, "a.jsonl.gz: cannot be read"),
-    "a gzip file that is none": (not_gzip, "a.txt.gz: cannot be read"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_sample_is_named_and_refused_or_counted_and_left_out(tmp_path, name):
-    write, said = BAD[name]
+@pytest.mark.parametrize("write, said", BAD, ids=[said for _, said in BAD])
+def test_a_bad_sample_is_named_and_refused_or_counted_and_left_out(tmp_path, write, said):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in")
     with pytest.raises(ValueError) as refused:
         prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64)
     assert f"{tmp_path}/in/{said}" in str(refused.value) and "--skip_bad_samples" in str(refused.value)
-    assert not (tmp_path / "p").exists()
+    assert "1 bad sample:" in str(refused.value) and not (tmp_path / "p").exists()
     prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
     known = facts(tmp_path / "p")
     assert known["bad_samples"] == 1 and sum(known["documents"].values()) >= len(GOOD)
@@ -120,19 +114,15 @@ SKIPPED = {
     "empty texts": (jsonl(b'{"text": ""}', b'{"text": " \\n"}'), 2),
     "null texts": (jsonl(b'{"text": null}'), 1),
     "nulls in a parquet column": (parquet([None, *GOOD, None]), 2),
-    "an empty .txt": (text(b""), 1),
-    "a .txt of blanks": (text(b" \n\n\t"), 1),
-    "an empty .jsonl": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD), (folder / "a.jsonl").touch()), 0),
-    "a byte order mark": (lambda folder: (folder / "a.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + b"".join(json.dumps({"text": text}).encode() + b"\n" for text in GOOD)), 0),
-    "lines that end in CR LF": (lambda folder: (folder / "a.jsonl").write_bytes(
-        b"".join(json.dumps({"text": text}).encode() + b"\r\n" for text in GOOD)), 0),
-    "no newline at the end": (lambda folder: (folder / "a.jsonl").write_bytes(
-        b"\n".join(json.dumps({"text": text}).encode() for text in GOOD)), 0),
-    "a parquet file without rows": (lambda folder: (write_jsonl(folder / "good.jsonl", GOOD),
-                                                    parquet(pa.array([], pa.string()))(folder)), 0),
+    "an empty .txt": (file("a.txt", b""), 1),
+    "a .txt of blanks": (file("a.txt", b" \n\n\t"), 1),
+    "an empty .jsonl": (file("a.jsonl", b""), 0),
+    "a byte order mark": (jsonl(start=b"\xef\xbb\xbf"), 0),
+    "lines that end in CR LF": (jsonl(end=b"\r\n"), 0),
+    "no newline at the end": (lambda folder: (folder / "a.jsonl").write_bytes(b"\n".join(LINES)), 0),
+    "a parquet file without rows": (file("a.parquet", table_bytes(pa.array([], pa.string()))), 0),
     "large strings and dictionaries": (parquet(pa.array(GOOD, pa.large_string()).dictionary_encode()), 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SKIPPED)
@@ -140,105 +130,50 @@ def test_what_is_empty_is_skipped_and_counted(tmp_path, name):
     write, empty = SKIPPED[name]
     (tmp_path / "in").mkdir()
     write(tmp_path / "in")
-    prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64)
-    known = facts(tmp_path / "p")
-    assert (known["empty_samples"], known["bad_samples"], sum(known["documents"].values())) == (
-        empty,
-        0,
-        len(GOOD),
-    )
+    known = facts(prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64))
+    counts = (known["empty_samples"], known["bad_samples"], sum(known["documents"].values()))
+    assert counts == (empty, 0, len(GOOD))
 
 
-# name: (how to write it, --dataset_id below the folder, what the complaint must contain)
+# name: (a file and its text, --dataset_id, what the complaint must contain)
 USELESS = {
-    "no such file": (lambda folder: None, "in/none.jsonl", "none.jsonl does not exist"),
-    "no such folder": (lambda folder: None, "nowhere/", "does not exist"),
-    "a glob of nothing": (lambda folder: None, "in/*.txt", "in/*.txt does not exist"),
-    "an empty folder": (lambda folder: None, "in", "has no .txt, .jsonl, .parquet file"),
-    "a folder of other files": (lambda folder: (folder / "a.csv").write_text("x"), "in", "but a.csv"),
-    "a file of another kind": (lambda folder: (folder / "a.csv").write_text("x"), "in/a.csv", "but a.csv"),
-    "nothing but empty files": (
-        lambda folder: (folder / "a.jsonl").touch(),
-        "in",
-        "0 documents with 0 tokens",
-    ),
-    "nothing but empty texts": (
-        lambda folder: write_jsonl(folder / "a.jsonl", ["", " "]),
-        "in",
-        "0 documents",
-    ),
-    "less than one sample": (
-        lambda folder: write_jsonl(folder / "a.jsonl", ["a b c"]),
-        "in",
-        "fewer than one sample of --max_seq_len=64",
-    ),
+    "no such file": (None, "in/none.jsonl", "none.jsonl does not exist"),
+    "no such folder": (None, "nowhere/", "does not exist"),
+    "a glob of nothing": (None, "in/*.txt", "in/*.txt does not exist"),
+    "an empty folder": (None, "in", "has no .txt, .jsonl, .parquet file"),
+    "a folder of other files": (("a.csv", "x"), "in", "but a.csv"),
+    "a file of another kind": (("a.csv", "x"), "in/a.csv", "but a.csv"),
+    "nothing but empty files": (("a.jsonl", ""), "in", "0 documents with 0 tokens"),
+    "nothing but empty texts": (("a.jsonl", '{"text": ""}\n{"text": " "}'), "in", "0 documents"),
+    "less than one sample": (("a.txt", "a b c"), "in", "fewer than one sample of --max_seq_len=64"),
 }
 
 
 @pytest.mark.parametrize("name", USELESS)
 def test_nothing_to_prepare_is_a_sentence(tmp_path, name):
-    write, dataset_id, said = USELESS[name]
+    content, dataset_id, said = USELESS[name]
     (tmp_path / "in").mkdir()
-    write(tmp_path / "in")
+    if content:
+        (tmp_path / "in" / content[0]).write_text(content[1])
     with pytest.raises(ValueError) as refused:
         prepare(f"{tmp_path}/{dataset_id}", small_tokenizer(), tmp_path / "p", 64)
     assert said in str(refused.value) and not (tmp_path / "p").exists()
 
 
-def test_the_first_few_of_many_bad_samples_are_named_and_all_are_counted(tmp_path):
-    lines = [json.dumps({"text": text}) if number % 3 else "{" for number, text in enumerate(make_texts(90))]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError) as refused:
+def test_the_first_few_of_many_bad_samples_are_named_by_line_and_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 2000)  # so that they lie in many shards
+    lines = [b"{" if number % 3 == 0 else line for number, line in enumerate(LINES * 6, 1)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match="60 bad samples") as refused:
         prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
-    assert "30 bad samples" in str(refused.value)
-    assert [f"a.jsonl:{line}:" in str(refused.value) for line in (1, 4, 7, 10, 13, 16)] == [True] * 5 + [
-        False
-    ]
+    named = [line for line in range(1, 181) if f"a.jsonl:{line}:" in str(refused.value)]
+    assert named == [3, 6, 9, 12, 15]
 
 
-def test_line_numbers_hold_across_blocks_and_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(sources, "READ_BYTES", 100)
-    lines = [json.dumps({"text": text}) for text in make_texts(200)]
-    lines[177] = "{"
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="a.jsonl:178: not JSON"):
-        prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
-
-
-def test_a_bad_byte_inside_a_long_document_costs_only_its_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(sources, "READ_BYTES", 100)
-    document = "\n".join(make_texts(100)).encode()
-    (tmp_path / "a.txt").write_bytes(document[:10_000] + b"\xff" + document[10_000:])
-    (tmp_path / "b.txt").write_text(" ".join(GOOD))
-    line = document[:10_000].count(b"\n") + 1
-    with pytest.raises(ValueError, match=f"a.txt:{line}: not UTF-8"):
-        prepare(str(tmp_path), small_tokenizer(), tmp_path / "p", 64)
-    prepare(str(tmp_path), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
-    whole = len(small_tokenizer()(document.decode() + " ".join(GOOD))["input_ids"])
-    known = facts(tmp_path / "p")
-    assert sum(known["documents"].values()) == 2
-    assert 0.9 * whole < sum(known["tokens"].values()) + sum(known["dropped_tokens"].values()) < whole
-
-
-def test_a_line_too_long_is_named_and_the_next_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 5000)
-    monkeypatch.setattr(sources, "READ_BYTES", 100)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1000)
-    write_jsonl(tmp_path / "a.jsonl", [*GOOD[:5], "x" * 9000, *GOOD[5:], "y" * 6000])
-    with pytest.raises(ValueError, match="2 bad samples") as refused:
-        prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
-    assert "a.jsonl:6: the line is longer" in str(refused.value) and "a.jsonl:32: the line is longer" in str(
-        refused.value
-    )
-    prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
+def test_a_text_too_long_is_named_and_the_next_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_CHARACTERS", 5000)
+    records = [*GOOD[:5], "x" * 9000, *GOOD[5:]]
+    with pytest.raises(ValueError, match="a.jsonl:6: column 'text' is longer than 5,000 characters: split"):
+        prepare_records(tmp_path, small_tokenizer(), records)
+    prepare_records(tmp_path, small_tokenizer(), records, skip_bad_samples=True)
     assert sum(facts(tmp_path / "p")["documents"].values()) == len(GOOD)
-
-
-@pytest.mark.slow
-def test_a_line_of_100_megabytes_is_a_document_like_another(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [*GOOD[:5], " ".join(make_texts(1000)) * 300, *GOOD[5:]])
-    assert (tmp_path / "a.jsonl").stat().st_size > 100e6
-    prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
-    assert sum(facts(tmp_path / "p")["documents"].values()) == len(GOOD) + 1

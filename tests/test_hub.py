@@ -1,7 +1,7 @@
-"""The hub, its data sets and its troubles: the real clients against a hub on loopback."""
+"""Models and data sets come from the hub, and its troubles are sentences: real clients, a hub on loopback."""
 
-import io
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -14,182 +14,133 @@ from helpers.hub import serve
 from helpers.runs import ROOT, environment
 
 SENTENCES = make_texts(2000, most=12)
-# Each case is tried in turn, in one process: what it gives or the error's words.
-CASES = """
+# One process tries every case and prints what each returns, or its error.
+TRY_ALL = """
 import json, sys
 from llama3 import assets, sources
 assets.RETRY_SECONDS = (0.01, 0.01, 0.01)
+readers = {
+    "config": lambda name: assets.load_config(name).hidden_size,
+    "weights": lambda name: sorted(assets.weight_files(name)),
+    "tokenizer": lambda name: len(assets.load_tokenizer(name)),
+    "dataset": lambda name: len(sources.load_from_hub(name)),
+}
 found = {}
-for name, (kind, what) in json.loads(sys.argv[1]).items():
+for case in json.loads(sys.argv[1]):
     try:
-        if kind == "config":
-            found[name] = assets.load_config(what).hidden_size
-        elif kind == "weights":
-            found[name] = sorted(assets.weight_files(what))
-        elif kind == "tokenizer":
-            found[name] = len(assets.load_tokenizer(what))
-        else:
-            found[name] = len(sources._load_from_hub(what))
+        found[case] = readers[case.split()[0]](case.split()[1])
     except ValueError as error:
-        found[name] = str(error)
+        found[case] = str(error)
 print(json.dumps(found))
 """
 
 
 def parquet(texts) -> bytes:
-    file = io.BytesIO()
+    file = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": texts}), file)
-    return file.getvalue()
-
-
-def lines(texts) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    return file.getvalue().to_pybytes()
 
 
 @pytest.fixture(scope="module")
 def hub(tiny):
     model = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    pickled = {"config.json": model["config.json"], "pytorch_model.bin": b"\x80"}
+    splits = {"train.parquet": parquet(SENTENCES[:300]), "test.parquet": parquet(SENTENCES[:5])}
     script = {"bookcorpus.py": b"raise SystemExit('a data set script was run')", "README.md": b""}
+    book = {"plain_text/train/0000.parquet": parquet(SENTENCES)}
+    converted = {f"{name}/train/0000.parquet": parquet(SENTENCES[:70]) for name in "ab"}
     good = ["good", "busy", "dropping", "gated", "forbidden", "jammed", "broken", "unreliable"]
     repos = {("models", f"here/{name}", "main"): model for name in good}
     repos |= {
         ("models", "here/other-kind", "main"): {"config.json": b'{"model_type": "gpt2"}'},
-        ("models", "here/pickled", "main"): {
-            "config.json": model["config.json"],
-            "pytorch_model.bin": b"\x80",
-        },
-        ("datasets", "here/rows", "main"): {
-            "train.jsonl": lines(SENTENCES[:300]),
-            "test.jsonl": lines(SENTENCES[:5]),
-        },
-        ("datasets", "here/gated", "main"): {"train.jsonl": lines(SENTENCES)},
-        ("datasets", "here/no-train", "main"): {"test.jsonl": lines(SENTENCES)},
+        ("models", "here/pickled", "main"): pickled,
+        ("datasets", "here/rows", "main"): splits,
+        ("datasets", "here/gated", "main"): {"train.parquet": parquet(SENTENCES)},
+        ("datasets", "here/no-train", "main"): {"test.parquet": parquet(SENTENCES)},
         ("datasets", "here/script", "main"): script,
-        ("datasets", "here/script", "refs/convert/parquet"): {
-            f"{name}/train/0000.parquet": parquet(SENTENCES[:70]) for name in "ab"
-        },
+        ("datasets", "here/script", "refs/convert/parquet"): converted,
         ("datasets", "bookcorpus/bookcorpus", "main"): script,
-        ("datasets", "bookcorpus/bookcorpus", "refs/convert/parquet"): {
-            "plain_text/train/0000.parquet": parquet(SENTENCES)
-        },
+        ("datasets", "bookcorpus/bookcorpus", "refs/convert/parquet"): book,
     }
-    trouble = {
-        "here/gated": ("gated", None),
-        "here/forbidden": ("forbidden", None),
-        "here/busy": ("429", 2),
-        "here/dropping": ("drop", 2),
-        "here/jammed": ("429", None),
-        "here/broken": ("503", None),
-        "here/unreliable": ("drop", None),
-    }
+    passing = {"here/busy": (429, 2), "here/dropping": ("drop", 2)}
+    lasting = {"gated": 401, "forbidden": 403, "jammed": 429, "broken": 503, "unreliable": "drop"}
+    trouble = passing | {f"here/{name}": (what, math.inf) for name, what in lasting.items()}
     with serve(repos, trouble) as address:
         yield address
 
 
-def try_all(cases: dict, folder, **env) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", CASES, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True, timeout=200,
-        env=environment(**{"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)} | env),
-    )  # fmt: skip
+def try_all(cases: list[str], folder, **env) -> dict:
+    """What each case ("KIND NAME") returns, or its error."""
+    env = environment(**{"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)} | env)
+    command = [sys.executable, "-c", TRY_ALL, json.dumps(cases)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_models_come_from_the_hub_and_its_troubles_are_sentences(hub, tmp_path):
-    cases = {
-        "config": ("config", "here/good"),
-        "weights": ("weights", "here/good"),
-        "tokenizer": ("tokenizer", "here/good"),
-        "busy": ("config", "here/busy"),
-        "dropping": ("config", "here/dropping"),
-        "gated": ("config", "here/gated"),
-        "forbidden": ("weights", "here/forbidden"),
-        "missing": ("tokenizer", "here/missing"),
-        "jammed": ("config", "here/jammed"),
-        "broken": ("config", "here/broken"),
-        "unreliable": ("config", "here/unreliable"),
-        "other kind": ("config", "here/other-kind"),
-        "pickled": ("weights", "here/pickled"),
-        "no id": ("config", "a/b/c"),
+    gated = ("gated", "HF_TOKEN", "--demo")
+    down = ("local folder", "--demo")
+    refused = {
+        "config here/gated": (*gated, "https://huggingface.co/here/gated"),
+        "weights here/forbidden": (*gated, "https://huggingface.co/here/forbidden"),
+        "tokenizer here/missing": ("here/missing", "not on the hub", "check the name"),
+        "config here/jammed": ("answered 429", *down),
+        "config here/broken": ("answered 503", *down),
+        "config here/unreliable": ("connection dropped", *down),
+        "config here/other-kind": ("'gpt2'", "'llama'"),
+        "weights here/pickled": ("safetensors", "--from_scratch"),
+        "config a/b/c": ("neither a folder", "owner/name"),
     }
-    found = try_all(cases, tmp_path, HF_ENDPOINT=hub)
-    assert (
-        found["config"] == 32
-        and found["tokenizer"] == 320
-        and "model.embed_tokens.weight" in found["weights"]
-    )
-    assert found["busy"] == found["dropping"] == 32, "what a retry cures is cured"
-    for name in ("gated", "forbidden"):
-        for word in ("gated", "HF_TOKEN", f"https://huggingface.co/here/{name}", "--demo"):
-            assert word in found[name]
-    for name, words in {
-        "missing": ("here/missing", "not on the hub", "check the name"),
-        "jammed": ("answered 429", "local folder", "--demo"),
-        "broken": ("answered 503", "local folder", "--demo"),
-        "unreliable": ("connection dropped", "local folder", "--demo"),
-        "other kind": ("'gpt2'", "'llama'"),
-        "pickled": ("safetensors", "--from_scratch"),
-        "no id": ("neither a folder", "owner/name"),
-    }.items():
-        assert all(word in found[name] for word in words), found[name]
+    good = ["config here/good", "weights here/good", "tokenizer here/good"]
+    cured = ["config here/busy", "config here/dropping"]
+    found = try_all([*good, *cured, *refused], tmp_path, HF_ENDPOINT=hub)
+    assert found["config here/good"] == 32 and found["tokenizer here/good"] == 320
+    assert "model.embed_tokens.weight" in found["weights here/good"]
+    assert [found[case] for case in cured] == [32, 32], "a retry cures what passes"
+    for case, words in refused.items():
+        assert all(word in found[case] for word in words), found[case]
 
 
 def test_data_sets_come_from_the_hub_without_running_their_scripts(hub, tmp_path):
-    cases = {
-        "rows": ("dataset", "here/rows"),
-        "script": ("dataset", "here/script:b"),
-        "script of several": ("dataset", "here/script"),
-        "gated": ("dataset", "here/gated"),
-        "missing": ("dataset", "here/missing"),
-        "no train split": ("dataset", "here/no-train"),
+    refused = {
+        "dataset here/script": ["choose one of its configurations: a, b"],
+        "dataset here/gated": ["HF_TOKEN", "https://huggingface.co/datasets/here/gated"],
+        "dataset here/missing": ["not on the hub"],
+        "dataset here/no-train": ["train"],
     }
-    found = try_all(cases, tmp_path, HF_ENDPOINT=hub)
-    assert found["rows"] == 300 and found["script"] == 70
-    assert "choose one of its configurations: a, b" in found["script of several"]
-    assert "HF_TOKEN" in found["gated"] and "https://huggingface.co/datasets/here/gated" in found["gated"]
-    assert "not on the hub" in found["missing"] and "train" in found["no train split"]
+    found = try_all(["dataset here/rows", "dataset here/script:b", *refused], tmp_path, HF_ENDPOINT=hub)
+    assert found["dataset here/rows"] == 300 and found["dataset here/script:b"] == 70
+    for case, words in refused.items():
+        assert all(word in found[case] for word in words), found[case]
 
 
-def test_without_a_network_or_offline_is_a_sentence_and_what_is_cached_is_used(hub, tmp_path):
-    assert try_all({"first": ("config", "here/good")}, tmp_path, HF_ENDPOINT=hub)["first"] == 32
+def test_without_a_network_the_cache_is_used_and_the_rest_is_a_sentence(hub, tmp_path):
+    cached, model, dataset = "config here/good", "config here/never", "dataset here/never"
+    assert try_all([cached], tmp_path, HF_ENDPOINT=hub)[cached] == 32
     with socket.socket() as closed:  # a port where nobody listens
         closed.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        cases = {
-            "cached": ("config", "here/good"),
-            "model": ("config", "here/never"),
-            "dataset": ("dataset", "here/never"),
-        }
-        unreachable = try_all(
-            {name: cases[name] for name in ("cached", "model")}, tmp_path, HF_ENDPOINT=nowhere
-        )
-    offline = try_all(cases, tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
-    assert unreachable["cached"] == offline["cached"] == 32
-    for found, said in ((unreachable, "cannot be reached"), (offline, "HF_HUB_OFFLINE is set")):
-        for name in found.keys() - {"cached"}:
-            assert said in found[name] and "--demo" in found[name], found[name]
+        unreachable = try_all([cached, model], tmp_path, HF_ENDPOINT=nowhere)
+    offline = try_all([cached, model, dataset], tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    for found, trouble in ((unreachable, "cannot be reached"), (offline, "HF_HUB_OFFLINE is set")):
+        assert found.pop(cached) == 32
+        assert all(trouble in error and "--demo" in error for error in found.values()), found
 
 
-def test_bookcorpus_is_prepared_from_its_parquet_conversion_in_documents_of_a_sample_at_least(
-    hub, tiny, tmp_path
-):
-    command = [
-        sys.executable,
-        "train.py",
-        "--prepare_data",
-        f"--model_id={tiny}",
-        "--max_seq_len=64",
-        f"--dataset_path={tmp_path / 'p'}",
-    ]
-    env = environment(HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=hub)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    known = facts(tmp_path / "p")
-    assert sum(known["documents"].values()) < len(SENTENCES) / 2
-    lengths = {name for name in known["documents_by_length"]}
-    assert lengths == {"64-127"}, lengths
-    again = subprocess.run(
-        command, cwd=ROOT, env=environment(HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=200
-    )
-    assert "already prepared" in again.stdout, "no hub is needed to find that nothing is to do"
-    assert len(rows(tmp_path / "p", "train")) == known["samples"]["train"]
+def test_bookcorpus_sentences_become_documents_of_at_least_a_sample(hub, tiny, tmp_path):
+    command = [sys.executable, "train.py", "--prepare_data", f"--model_id={tiny}", "--max_seq_len=64"]
+    command.append(f"--dataset_path={tmp_path / 'prepared'}")
+
+    def prepare(**env):
+        env = environment(HF_HOME=str(tmp_path / "home"), **env)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    prepare(HF_HUB_OFFLINE="0", HF_ENDPOINT=hub)
+    summary = facts(tmp_path / "prepared")
+    assert sum(summary["documents"].values()) < len(SENTENCES) / 2
+    assert set(summary["documents_by_length"]) == {"64-127"}
+    assert len(rows(tmp_path / "prepared", "train")) == summary["samples"]["train"]
+    assert "already prepared" in prepare(HF_HUB_OFFLINE="1"), "finding prepared data needs no hub"

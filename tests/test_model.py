@@ -1,11 +1,12 @@
-"""The model's parts against plain computations: attention inside documents, the loss in chunks, fresh weights."""
+"""The model's parts equal plain computations: attention inside documents, chunked loss, fresh weights."""
+
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llama3 import loss
-from llama3.data import Collator
 from llama3.loss import chunked_cross_entropy
 from llama3.model import Llama, _padded, packed_attention
 
@@ -14,42 +15,38 @@ BOUNDS = [[0, 24, 48], [0, 10, 24, 30, 48], [0, 1, 2, 24, 47, 48]]
 
 
 def masked_attention(query, key, value, bounds):
-    """The same by a mask over the tokens laid end to end."""
+    """The same by a mask over all tokens laid end to end."""
     q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, H).transpose(1, 2) for x in (query, key, value))
+    k, v = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1)
     document = torch.bucketize(torch.arange(B * T), torch.tensor(bounds), right=True)
     mask = (document[:, None] == document) & torch.ones(B * T, B * T, dtype=torch.bool).tril()
-    out = F.scaled_dot_product_attention(
-        q, k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), attn_mask=mask
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).reshape(B, T, N, H)
 
 
-def tensors(device="cpu", dtype=torch.float32):
+def queries_keys_values(**options):
     torch.manual_seed(0)
-    return [
-        torch.randn(B, heads, T, H, device=device, dtype=dtype, requires_grad=True) for heads in (N, K, K)
-    ]
+    return [torch.randn(B, heads, T, H, requires_grad=True, **options) for heads in (N, K, K)]
 
 
 @pytest.mark.parametrize("bounds", BOUNDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_and_its_gradients_stay_inside_documents(bounds, padded):
-    ours, theirs = tensors(), tensors()
+    ours, theirs = queries_keys_values(), queries_keys_values()
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     out, _ = packed_attention(None, *ours, cu_seqlens=_padded(cu_seqlens) if padded else cu_seqlens)
     expected = masked_attention(*theirs, bounds)
     torch.testing.assert_close(out, expected)
     out.square().sum().backward()
     expected.square().sum().backward()
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close([x.grad for x in ours], [x.grad for x in theirs])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("bounds", BOUNDS)
-def test_the_variable_length_kernel_equals_attending_piece_by_piece(bounds):
-    ours = tensors("cuda", torch.bfloat16)
+def test_the_variable_length_kernel_equals_masked_attention(bounds):
+    ours = queries_keys_values(device="cuda", dtype=torch.bfloat16)
     cu_seqlens = _padded(torch.tensor(bounds, dtype=torch.int32, device="cuda"))
     out, _ = packed_attention(None, *ours, cu_seqlens=cu_seqlens)
     expected = masked_attention(*(x.float().cpu() for x in ours), bounds)
@@ -63,13 +60,10 @@ def test_chunked_loss_and_gradients_equal_cross_entropy(monkeypatch, logits_per_
     hidden, weight = torch.randn(3, 11, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     labels = torch.randint(0, 50, (3, 11))
     labels[0, :4] = labels[2, -1] = -100
-    (chunked_cross_entropy(hidden, weight, labels) * 0.3).backward()
-    found = hidden.grad, weight.grad
-    hidden.grad = weight.grad = None
+    found = chunked_cross_entropy(hidden, weight, labels)
     expected = F.cross_entropy((hidden @ weight.T).view(-1, 50), labels.view(-1), reduction="sum")
-    torch.testing.assert_close(chunked_cross_entropy(hidden, weight, labels), expected)
-    (expected * 0.3).backward()
-    torch.testing.assert_close(found, (hidden.grad, weight.grad))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x * 0.3, (hidden, weight)) for x in (found, expected)))
 
 
 def test_a_batch_without_targets_has_no_loss_and_no_gradient():
@@ -80,23 +74,13 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient():
 
 
 def test_only_the_needed_logits_are_held(monkeypatch):
-    seen = []
-    plain = F.linear
-    monkeypatch.setattr(F, "linear", lambda h, w: seen.append(len(h) * len(w)) or plain(h, w))
+    sizes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda h, w: sizes.append(len(h) * len(w)) or linear(h, w))
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 500)
     labels = torch.full((100,), -100)
     labels[:30] = 1
     chunked_cross_entropy(torch.randn(100, 16), torch.randn(50, 16), labels)
-    assert max(seen) <= 500 and sum(seen) == 30 * 50
-
-
-def test_end_of_text_is_a_target_and_a_documents_first_token_is_not():
-    row = {"input_ids": [5, 6, 0, 7, 8, 0, 9, 9], "document_starts": [0, 3, 6]}
-    batch = Collator(8, 2)([row])
-    assert batch["labels"][0].tolist() == [6, 0, -100, 8, 0, -100, 9, -100]
-    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert batch["cu_seqlens"].tolist()[:4] == [0, 3, 6, 8] and batch["num_tokens"] == 8
-    assert (batch["labels"][1] == -100).all()
+    assert max(sizes) <= 500 and sum(sizes) == 30 * 50
 
 
 @pytest.fixture(scope="module")
@@ -104,31 +88,23 @@ def model(tiny):
     return Llama(str(tiny), from_scratch=True, seed=3)
 
 
-def test_fresh_values_depend_on_seed_and_name_and_not_on_how_they_are_cut(model):
+def test_fresh_values_depend_on_seed_and_name_and_not_on_how_they_are_cut(model, tiny):
     whole = model.initial_values("a.weight", 0, 200_000)
     cuts = [0, 1, 65_535, 65_537, 131_072, 199_999, 200_000]
-    pieces = [model.initial_values("a.weight", a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
-    assert torch.equal(torch.cat(pieces), whole)
+    assert torch.equal(torch.cat([model.initial_values("a.weight", *cut) for cut in pairwise(cuts)]), whole)
     assert not torch.equal(model.initial_values("b.weight", 0, 200_000), whole)
+    assert not torch.equal(Llama(str(tiny), seed=4).initial_values("a.weight", 0, 200_000), whole)
     deviation = model.model.config.initializer_range
     assert whole.mean().abs() < deviation * 0.02 and whole.std() == pytest.approx(deviation, rel=0.02)
     assert (model.initial_values("model.norm.weight", 0, 7) == 1).all()
 
 
-def test_rope_frequencies_are_real_and_in_fp32(model):
+def test_parameters_wait_on_the_meta_device_and_rope_is_real_and_in_fp32(model):
+    assert all(parameter.is_meta for parameter in model.parameters())
     for name, buffer in model.named_buffers():
         assert buffer.dtype == torch.float32 and buffer.device.type == "cpu", name
 
 
-def test_parameters_wait_on_the_meta_device(model):
-    assert all(parameter.is_meta for parameter in model.parameters())
-
-
 def test_tied_embeddings_are_one_parameter():
-    assert (
-        sum(
-            "lm_head" in name or "embed" in name
-            for name, _ in Llama("smollm2-135m", num_hidden_layers=1).named_parameters()
-        )
-        == 1
-    )
+    names = [name for name, _ in Llama("smollm2-135m", num_hidden_layers=1).named_parameters()]
+    assert sum("lm_head" in name or "embed" in name for name in names) == 1

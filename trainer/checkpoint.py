@@ -244,28 +244,26 @@ class Checkpoint:
         for name in self.shapes:
             yield name, self.read(f"model.{name}")
 
+    def merge(self, out_file: Path) -> Path:
+        """Merges the shards into one safetensors file, a tensor at a time; raises CheckpointError.
 
-def merge(source: str | Path, out_file: str | Path) -> Path:
-    """Merges a checkpoint folder into one safetensors file, a tensor at a time; raises CheckpointError.
-
-    One pass verifies the shards, a second one copies. The metadata holds the state and each tensor's checksum.
-    """
-    checkpoint, out_file = Checkpoint.open(source), Path(out_file)
-    checkpoint.verify()
-    state = {**checkpoint.state, "val_loss": checkpoint.val_loss}
-    metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}
-    metadata["digests"] = json.dumps(
-        dict.fromkeys(checkpoint.tensors, "0" * 32)
-    )  # known only after the copying
-    with (
-        temporary_sibling(out_file) as temporary,
-        TensorFileWriter(temporary, checkpoint.tensors, metadata) as writer,
-    ):
-        for name in checkpoint.tensors:
-            writer.add(name, checkpoint.read(name))
-        writer.replace_metadata({**metadata, "digests": json.dumps(writer.digests)})
-        writer.finish()
-    return out_file
+        One pass verifies the shards, a second one copies. The metadata holds the state and each tensor's checksum.
+        """
+        self.verify()
+        state = {**self.state, "val_loss": self.val_loss}
+        metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}
+        metadata["digests"] = json.dumps(
+            dict.fromkeys(self.tensors, "0" * 32)
+        )  # known only after the copying
+        with (
+            temporary_sibling(out_file) as temporary,
+            TensorFileWriter(temporary, self.tensors, metadata) as writer,
+        ):
+            for name in self.tensors:
+                writer.add(name, self.read(name))
+            writer.replace_metadata({**metadata, "digests": json.dumps(writer.digests)})
+            writer.finish()
+        return out_file
 
 
 @contextlib.contextmanager

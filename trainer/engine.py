@@ -7,7 +7,6 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-NNSCALER_VERSION = "0.8"
 TRANSFORMERS_VERSION = "4.48"  # nnScaler cannot trace the modelling code of later versions
 INSTALLATION = "https://nnscaler.readthedocs.io/en/latest/installation.html"
 
@@ -18,12 +17,26 @@ def choose(engine: str) -> str:
     if engine == "nnscaler" and missing:
         raise ValueError(f"--engine=nnscaler: {missing}, or use --engine=native")
     name = "native" if engine == "native" or missing else "nnscaler"
-    if engine != "auto":
-        reason = f"--engine={engine}"
-    else:
-        reason = missing.split(":")[0] if missing else "nnScaler and CUDA are there"
-    logger.info("engine: %s (%s)", name, reason)
+    found = missing.split(":")[0] if missing else "nnScaler and CUDA are there"
+    logger.info("engine: %s (%s)", name, found if engine == "auto" else f"--engine={engine}")
     return name
+
+
+def _missing_for_nnscaler() -> str | None:
+    """What nnScaler lacks here, and the fix."""
+    if importlib.util.find_spec("nnscaler") is None:
+        return f"nnScaler is not installed: see {INSTALLATION} (release 0.8, with requirements-nnscaler.txt)"
+    found = importlib.metadata.version("transformers")
+    if not f"{found}.".startswith(f"{TRANSFORMERS_VERSION}."):
+        fix = "pip install -r requirements-nnscaler.txt"
+        return f"nnScaler runs with transformers {TRANSFORMERS_VERSION}, not {found}: {fix}"
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        return (
+            "nnScaler needs CUDA, and there is no CUDA device: run where torch.cuda.device_count() is above 0"
+        )
+    return None
 
 
 def trainer_class(engine: str) -> type:
@@ -35,28 +48,20 @@ def trainer_class(engine: str) -> type:
     return Trainer
 
 
-def open_checkpoint(path: str | Path):
+def open_checkpoint(path: Path):
     """Opens a checkpoint of either engine; raises CheckpointError.
 
-    The result has `path`, `state`, `verify()`, `shapes` (parameter name -> shape) and `parameters()` (names
-    and tensors, one at a time).
+    The result has `path`, `state`, `verify()`, `merge(out_file)`, `shapes` (parameter name -> shape) and
+    `parameters()` (names and tensors, one at a time).
     """
-    from trainer.checkpoint import Checkpoint
+    from trainer.checkpoint import Checkpoint, CheckpointError
     from trainer.nnscaler_engine.files import NnScalerCheckpoint, is_nnscaler
 
-    if not Path(path).exists():
-        raise ValueError(f"there is no checkpoint {path}: train first, or name a folder or a merged file")
-    return NnScalerCheckpoint(path) if is_nnscaler(Path(path)) else Checkpoint.open(path)
-
-
-def merge(source: Path, out_file: Path) -> Path:
-    """Merges a checkpoint of either engine into one file; raises CheckpointError."""
-    from trainer import checkpoint
-    from trainer.nnscaler_engine import files
-
-    if not source.exists():
-        raise ValueError(f"there is no checkpoint {source}: train first, or name one")
-    return (files if files.is_nnscaler(source) else checkpoint).merge(source, out_file)
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no checkpoint {path}: train first, or name a folder or a merged file"
+        )
+    return NnScalerCheckpoint(path) if is_nnscaler(path) else Checkpoint.open(path)
 
 
 def resume_state(resume_from: str, save_dir: str, engine: str) -> dict | None:
@@ -81,22 +86,4 @@ def resume_state(resume_from: str, save_dir: str, engine: str) -> dict | None:
             problem = error
     if problem:
         raise problem
-    return None
-
-
-def _missing_for_nnscaler() -> str | None:
-    """What nnScaler lacks here, and the fix."""
-    if importlib.util.find_spec("nnscaler") is None:
-        release = f"release {NNSCALER_VERSION}, with requirements-nnscaler.txt"
-        return f"nnScaler is not installed: see {INSTALLATION} ({release})"
-    found = importlib.metadata.version("transformers")
-    if not f"{found}.".startswith(f"{TRANSFORMERS_VERSION}."):
-        fix = "pip install -r requirements-nnscaler.txt"
-        return f"nnScaler runs with transformers {TRANSFORMERS_VERSION}, not {found}: {fix}"
-    import torch
-
-    if torch.cuda.device_count() == 0:
-        return (
-            "nnScaler needs CUDA, and there is no CUDA device: run where torch.cuda.device_count() is above 0"
-        )
     return None

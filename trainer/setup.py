@@ -71,9 +71,6 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
 
 
-# ---------------------------------------------------------------- model
-
-
 def build_model(
     args: TrainerArgs, options: NativeOptions, device: torch.device, resumed: Checkpoint | None
 ) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
@@ -108,9 +105,6 @@ def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> d
             start = box.offsets[0] * math.prod(parameter.shape[1:])  # FSDP's boxes are runs of whole rows
             out.copy_(model.initial_values(name, start, start + box.size).view(box.shape))
     return names
-
-
-# ---------------------------------------------------------------- resume
 
 
 def open_resumed(args: TrainerArgs, control) -> Checkpoint | None:
@@ -164,9 +158,6 @@ def restore_optimizer(
         # Optimizers keep the step beside the parameter if they are fused, else on the CPU.
         fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
         state["step"] = torch.tensor(float(updates), device=parameter.device if fused else "cpu")
-
-
-# ---------------------------------------------------------------- random state
 
 
 def rng_state() -> str:

@@ -49,17 +49,13 @@ class Trainer:
 
     def __init__(self, *, train_args: TrainerArgs, options: NativeOptions | None = None):
         if train_args.compute_config.plan_ngpus != 1:
-            raise ValueError(
-                "compute_config.plan_ngpus must be 1: our engine partitions no model, it shards it"
-            )
+            raise ValueError("compute_config.plan_ngpus must be 1: our engine shards the model instead")
         self.args, self.options = train_args, options or NativeOptions()
         self.device = parallel.pick_device()
         self.save_dir = Path(train_args.checkpoint.save_dir)
         self.state, self.loggers = TrainState(), []
         self.signals = {signal.SIGTERM: False, signal.SIGUSR1: False}
         self.step_seconds, self._save_postponed = 0.0, False
-
-    # ------------------------------------------------------------ the run
 
     def run(self) -> None:
         """Trains to the end. A SIGTERM saves and exits with 143."""
@@ -85,8 +81,7 @@ class Trainer:
     def build(self) -> None:
         """Builds the model with its weights and opens the datasets: all that validation needs."""
         args, self.rank, self.world_size = self.args, dist.get_rank(), dist.get_world_size()
-        if args.compute_config.runtime_ngpus != self.world_size:
-            wanted = args.compute_config.runtime_ngpus
+        if (wanted := args.compute_config.runtime_ngpus) != self.world_size:
             raise ValueError(f"compute_config.runtime_ngpus is {wanted}, but {self.world_size} ranks run")
         setup.seed_everything(args.seed, self.options.deterministic)
         data = args.dataset
@@ -130,24 +125,17 @@ class Trainer:
         setup.restore_optimizer(source, self.optimizer, self.names, self.state.updates)
         if len(source.rng) == self.world_size:
             setup.set_rng_state(source.rng[self.rank])
-        if source.state["seed"] != seed:
-            changed = f"the checkpoint was trained with seed {source.state['seed']}, not {seed}"
-            logger.warning("WARNING: %s: the order of the samples changes", changed)
-        reached = f"step {self.state.step}, {self.state.samples} samples seen"
-        logger.info("resumed from %s: %s", source.path, reached)
-
-    # ------------------------------------------------------------ the loop
+        if (before := source.state["seed"]) != seed:
+            logger.warning("WARNING: the seed was %s, now %s: the order of the samples changes", before, seed)
+        logger.info(
+            "resumed from %s: step %d, %d samples seen", source.path, self.state.step, self.state.samples
+        )
 
     def _train(self) -> None:
         args, state = self.args, self.state
-        micro, accumulation, ranks = (
-            args.micro_batch_size,
-            args.grad_accumulation_steps,
-            (self.rank, self.world_size),
-        )
-        self.sampler = GlobalBatchSampler(
-            len(self.train_set), micro, accumulation, *ranks, args.seed, start=state.samples
-        )
+        accumulation, ranks = args.grad_accumulation_steps, (self.rank, self.world_size)
+        sizes = (len(self.train_set), args.micro_batch_size, accumulation)
+        self.sampler = GlobalBatchSampler(*sizes, *ranks, args.seed, start=state.samples)
         batches = load_batches(self.train_set, self.sampler, args.dataloader.train_args, self.device)
         if self._validation_is_missing():
             name = CheckpointName(self.resumed.state["epoch"], state.step)
@@ -171,11 +159,8 @@ class Trainer:
                 peak_memory_gib(self.device), self.saver.failed, *self.signals.values()
             )
             metrics |= {"tokens": state.tokens, "tokens_per_second": tokens / self.step_seconds}
-            metrics |= {
-                "step_seconds": self.step_seconds,
-                "data_seconds": data_seconds,
-                "peak_memory_gib": memory,
-            }
+            metrics |= {"step_seconds": self.step_seconds, "data_seconds": data_seconds}
+            metrics["peak_memory_gib"] = memory
             if save_failed:
                 self.saver.wait()  # raises on every rank
             if finite:
@@ -248,8 +233,6 @@ class Trainer:
         dist.barrier(group=self.control)
         sys.exit(SIGTERM_EXIT_CODE)
 
-    # ------------------------------------------------------------ validation
-
     @torch.no_grad()
     def validate(self) -> float | None:
         """The mean loss of the validation set in nats per target; None: a SIGTERM came first."""
@@ -295,8 +278,6 @@ class Trainer:
             return False
         return self.resumed.state.get("validation_due", False)
 
-    # ------------------------------------------------------------ saving
-
     def _save(self, name: CheckpointName, validation_due: bool) -> None:
         args = self.args
         state = {
@@ -337,8 +318,6 @@ class Trainer:
         self._log({f"save_{name}": seconds for name, seconds in costs.items()}, "checkpoint")
         log_save_cost(self.step_seconds, **costs)
         self.saver.total_seconds = 0.0
-
-    # ------------------------------------------------------------ small things
 
     def _epoch(self) -> int:
         return self.state.samples // len(self.train_set)

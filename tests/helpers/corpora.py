@@ -1,7 +1,6 @@
-"""Texts, a small tokenizer and byte-for-byte comparison, for the tests of the data."""
+"""Texts, a small tokenizer and what a prepared folder holds, for the tests of the data."""
 
 import functools
-import hashlib
 import json
 import random
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 from helpers.runs import WORDS
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -22,19 +21,11 @@ def small_tokenizer(chat_template: str | None = CHATML):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-    )
+    control, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    options = dict(vocab_size=320, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.BpeTrainer(**options))
+    options = dict(chat_template=chat_template, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", **options)
 
 
 @functools.cache
@@ -44,32 +35,23 @@ def real_tokenizer(name: str):
     return small_tokenizer() if name == "small" else load_tokenizer(name)
 
 
-@functools.cache
-def encoder_of(tokenizer):
-    from llama3.tokenizing import Encoder
-
-    return Encoder(tokenizer)
-
-
 def make_texts(count: int, seed: int = 0, most: int = 120) -> list[str]:
     draw = random.Random(seed)
-    return [
-        f"Number {number}. " + " ".join(draw.choices(WORDS, k=draw.randint(5, most)))
-        for number in range(count)
-    ]
+    lengths = (draw.randint(5, most) for _ in range(count))
+    return [f"Number {n}. " + " ".join(draw.choices(WORDS, k=k)) for n, k in enumerate(lengths)]
 
 
 def write_jsonl(path: Path, records: list) -> Path:
-    path.write_text(
-        "".join((json.dumps(r) if isinstance(r, dict) else json.dumps({"text": r})) + "\n" for r in records)
-    )
+    records = [record if isinstance(record, dict) else {"text": record} for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def digest(folder: Path) -> dict[str, str]:
-    """Relative path -> hash, of every file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def prepare_records(folder: Path, tokenizer, records: list, name: str = "p", T: int = 64, **settings) -> Path:
+    """Write the records as a .jsonl file and prepare it at `folder / name`."""
+    from llama3.data import prepare
+
+    return prepare(str(write_jsonl(folder / "a.jsonl", records)), tokenizer, folder / name, T, **settings)
 
 
 def rows(folder: Path, split: str) -> list[dict]:
@@ -79,6 +61,10 @@ def rows(folder: Path, split: str) -> list[dict]:
     return list(datasets.load_from_disk(str(folder / split)))
 
 
+def samples(folder: Path) -> list[list[dict]]:
+    return [rows(folder, split) for split in ("train", "validation")]
+
+
 def documents_of(folder: Path, split: str) -> list[list[int]]:
     """The token ids of each document of a split, put together again from its rows."""
     found: list[list[int]] = []
@@ -86,7 +72,7 @@ def documents_of(folder: Path, split: str) -> list[list[int]]:
         bounds = [*row["document_starts"], len(row["input_ids"])]
         for begin, end in zip(bounds, bounds[1:], strict=False):
             piece = row["input_ids"][begin:end]
-            if begin == 0 and found and found[-1][-1] != 0:  # it goes on from the row before
+            if begin == 0 and found and found[-1][-1] != 0:  # it continues from the row before
                 found[-1] += piece
             else:
                 found.append(list(piece))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer import args as interface
-from trainer.checkpoint import merge
+from trainer.checkpoint import Checkpoint
 from trainer.loggers import JsonlLogger, TensorBoardLogger
 from trainer.trainer import Trainer
 
@@ -60,8 +60,8 @@ def main(out: Path) -> None:
     train(out / "whole", dropout=0.3)
     train(out / "plain")
     if first:
-        merge(whole / "0001-0007", out / "dropout.ckpt")
-        merge(plain / "0001-0007", out / "merged.ckpt")
+        Checkpoint.open(whole / "0001-0007").merge(out / "dropout.ckpt")
+        Checkpoint.open(plain / "0001-0007").merge(out / "merged.ckpt")
         for name in ("9999-9999", "0000-0001", "junk"):
             (out / "crowded" / "ckpt" / name).mkdir(parents=True)
     dist.barrier()

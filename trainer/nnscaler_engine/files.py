@@ -23,18 +23,6 @@ def is_nnscaler(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def merge(folder: Path, out_file: Path) -> Path:
-    """Lets nnScaler merge its shards, in memory for the whole model and optimizer. Raises CheckpointError."""
-    try:
-        from nnscaler.cli import Trainer
-    except ImportError:
-        raise CheckpointError(f"{folder}: only nnScaler merges its shards, and it is not installed") from None
-    files = sorted(folder.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
-    with temporary_sibling(out_file) as temporary:
-        Trainer.merge_checkpoint([str(file) for file in files], str(temporary))
-    return out_file
-
-
 class NnScalerCheckpoint:
     """A folder of nnScaler's shards, or a merged file. Raises CheckpointError if the file is none.
 
@@ -52,7 +40,20 @@ class NnScalerCheckpoint:
         """Maps the weights into memory; raises CheckpointError if that fails. There are no checksums."""
         if self._weights is None:
             with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".merging-") as folder:
-                self._weights, _ = read_merged(merge(self.path, Path(folder, "merged.ckpt")))
+                self._weights, _ = read_merged(self.merge(Path(folder, "merged.ckpt")))
+
+    def merge(self, out_file: Path) -> Path:
+        """Lets nnScaler merge the shards, in memory for the whole model and optimizer."""
+        try:
+            from nnscaler.cli import Trainer
+        except ImportError:
+            raise CheckpointError(f"{self.path}: only nnScaler merges its shards; install it") from None
+        files = sorted(self.path.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
+        if not files:
+            raise CheckpointError(f"{self.path} is merged already")
+        with temporary_sibling(out_file) as temporary:
+            Trainer.merge_checkpoint([str(file) for file in files], str(temporary))
+        return out_file
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -168,7 +168,7 @@ class RunHook(cli.train_hook.TrainHook):
 
     def __init__(self, args: TrainerArgs, options: NativeOptions, saved: dict, signals: dict):
         self.args, self.options, self.signals = args, options, signals
-        self.state, self.best_val_loss = TrainState.from_dict(saved), saved.get("best_val_loss")
+        self.state, self.best = TrainState.from_dict(saved), saved.get("best_val_loss")
         self.peak_gib, self.loggers = 0.0, []
         self.on_train_end = args.hook.on_train_end or self.on_train_end
 
@@ -193,7 +193,7 @@ class RunHook(cli.train_hook.TrainHook):
         self.loggers = [config.type(**config.args) for config in self.args.log if trainer.rank == 0]
         for log in self.loggers:
             log.setup(self.state.step)
-        trainer.train_status.best_loss = self.best_val_loss or math.inf
+        trainer.train_status.best_loss = self.best or math.inf
         if self.options.validate_first and self.state.step == 0:
             trainer._validate(cli.trainer._StepStat())
 
@@ -250,9 +250,8 @@ class RunHook(cli.train_hook.TrainHook):
     def on_save_checkpoint(self, trainer, content: dict) -> None:
         """Adds our state to the shard; rank 0 also writes it beside the shards."""
         if is_best := self.val_loss <= trainer.train_status.best_loss:
-            self.best_val_loss = self.val_loss
-        batch, best = self.args.global_batch_size, self.best_val_loss
-        state = {**vars(self.state), "global_batch_size": batch, "best_val_loss": best}
+            self.best = self.val_loss
+        state = dict(vars(self.state), best_val_loss=self.best, global_batch_size=self.args.global_batch_size)
         if hook := self.args.hook.on_save_checkpoint:
             hook(trainer, state)
         content["trainer_state"] = json.dumps(state)
