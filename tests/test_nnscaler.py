@@ -186,6 +186,5 @@ def test_what_nnscaler_cannot_do_is_refused_in_a_sentence(runs, whole):
         ("native", theirs): "the other engine wrote",
     }
     for (engine, *more), sentence in cases.items():
-        more = runs.argv("refused", f"--engine={engine}", *more)
-        done = python(ON_CPU, "train.py", *more, check=False)
+        done = python(ON_CPU, "train.py", *runs.argv("refused", f"--engine={engine}", *more), check=False)
         assert done.returncode == 2 and sentence in done.stderr, done.stderr[-2000:]

@@ -112,7 +112,7 @@ class NnScalerArgs(cli.TrainerArgs):
     """nnScaler's arguments also create the parts of a run: this replaces the parts that must be ours."""
 
     def to_dict(self) -> dict:
-        return {"checkpoint": {"save_type": "sharded"}}  # in every shard: nnScaler knows it by that
+        return {"checkpoint": {"save_type": "sharded"}}  # tells nnScaler what a shard is
 
     def create_model(self) -> torch.nn.Module:
         """With its weights, because nnScaler starts from those of the model that it traces."""
@@ -156,8 +156,8 @@ def _adapt_surroundings() -> None:
     patcher = tracer.torch_fx_patcher.TorchFXPatcher
     is_impure = patcher.is_impure_new
     patcher.is_impure_new = staticmethod(lambda node, *_, **__: is_impure(node))
-    logging.getLogger("nnscaler").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "Length of .* dataset")  # our collate_fn fills short batches
+    # Our collate_fn fills short batches, and a resume replays the schedule.
+    warnings.filterwarnings("ignore", "Length of .* dataset|Detected call of .lr_scheduler.step")
 
 
 class RunHook(cli.train_hook.TrainHook):
@@ -225,7 +225,9 @@ class RunHook(cli.train_hook.TrainHook):
             log.log_metrics(row, state.step, tag="train")
         logger.info(progress_line(state.step, self.args.max_train_steps, row))
         if not math.isfinite(row["gnorm"]):
-            raise TrainingFailed(f"step {state.step} is not finite: lower --learning_rate, then resume")
+            raise TrainingFailed(
+                f"step {state.step} has no finite gradient: lower --learning_rate, then resume"
+            )
 
     def before_log_val_metrics(self, trainer, metrics) -> None:
         self.val_loss = metrics["val_loss"]
