@@ -225,9 +225,7 @@ class RunHook(cli.train_hook.TrainHook):
             log.log_metrics(row, state.step, tag="train")
         logger.info(progress_line(state.step, self.args.max_train_steps, row))
         if not math.isfinite(row["gnorm"]):
-            raise TrainingFailed(
-                f"step {state.step} has no finite gradient: lower --learning_rate, then resume"
-            )
+            raise TrainingFailed(f"step {state.step} is not finite: lower --learning_rate, then resume")
 
     def before_log_val_metrics(self, trainer, metrics) -> None:
         self.val_loss = metrics["val_loss"]
