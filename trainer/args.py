@@ -6,10 +6,7 @@ Names and meaning are nnScaler's. `NativeOptions` holds what nnScaler's interfac
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 PRECISIONS = ("fp32", "bf16")
 PAS_POLICIES = ("autodist", "dp")
@@ -17,30 +14,6 @@ PAS_POLICIES = ("autodist", "dp")
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message gives the reason and names the checkpoint to continue from."""
-
-
-class TrainableModel(Protocol):
-    """What an engine asks of a model; all but forward is optional.
-
-    `forward(batch)` returns (loss summed over the batch's targets, the same detached, number of targets). A
-    batch is a dict of tensors; its `num_tokens` counts the tokens in it.
-    `layer_class`: the class of the repeated layer, which is sharded, recomputed and compiled one by one.
-    `sharded_alone`: other large modules that are gathered one at a time.
-    `name_prefix`: the wrapper's prefix (such as "model."), which checkpoints leave out of parameter names.
-    `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its `whole_functions`
-    maps each function that nnScaler must not trace into to the dims of its tensors, in nnScaler's notation.
-    """
-
-    layer_class: type
-    sharded_alone: "list[torch.nn.Module]"
-    name_prefix: str
-    for_tracing: str
-
-    def weight_files(self) -> "dict[str, Path] | None":
-        """Checkpoint name of each parameter -> the safetensors file that holds it; None: train from scratch."""
-
-    def initial_values(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Elements [start, stop) of the flattened fresh parameter: fp32, a function of seed and name only."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +26,19 @@ class ComputeConfig:
 
 @dataclass
 class ModelConfig:
-    """`type(**args)` is the model, a TrainableModel."""
+    """`type(**args)` is the model. An engine asks this of it; all but forward is optional.
+
+    `forward(batch)` returns (loss summed over the batch's targets, the same detached, number of targets). A
+    batch is a dict of tensors; its `num_tokens` counts the tokens in it.
+    `layer_class`: the class of the repeated layer, which is sharded, recomputed and compiled one by one.
+    `sharded_alone`: other large modules that are gathered one at a time.
+    `name_prefix`: the wrapper's prefix (such as "model."), which checkpoints leave out of parameter names.
+    `weight_files()`: checkpoint name of each parameter -> the safetensors file that holds it, or None.
+    `initial_values(name, start, stop)`: those elements of the flattened fresh parameter, in fp32, a function of
+    seed and name only; called if there are no weight files.
+    `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its
+    `whole_functions` maps each function that nnScaler must not trace into to its tensors' dims.
+    """
 
     type: Callable
     args: dict[str, Any] = field(default_factory=dict)
