@@ -33,7 +33,7 @@ def path(text: str) -> str:
 
 
 PRESETS = {"demo": presets.DEMO, "mini": presets.MINI}
-ON_OFF = ["auto", "on", "off"]
+SWITCH, ON_OFF = dict(action="store_true"), ["auto", "on", "off"]
 # Flag -> (default, kind, help). A kind is a function of the text, a list of choices, bool for a switch, or a
 # number's type with its least value. Other flags decide what a default of None means.
 FLAGS = {
@@ -90,25 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     modes = parser.add_argument_group("modes (none of them: train)").add_mutually_exclusive_group()
-    switch, optional = dict(action="store_true"), dict(nargs="?", const="")
-    modes.add_argument("--prepare_data", **switch, help="download or read, tokenize, pack, split, save")
-    modes.add_argument("--merge_checkpoint", **optional, metavar="DIR", help="one file from shards")
-    modes.add_argument("--export_hf", **optional, metavar="PATH", help="a Hugging Face folder")
-    modes.add_argument("--evaluate", **switch, help="validation loss of the model, or of --resume_from")
-    modes.add_argument("--generate", metavar="PROMPT", help="a sample from the model, or from --resume_from")
-    modes.add_argument("--verify_resume", **switch, help="train, kill, resume, and compare bit for bit")
+    for name, (_, reading, text) in MODES.items():
+        modes.add_argument(f"--{name}", **reading, help=text)
     title = "presets: defaults for other flags; an explicit flag wins"
     group = parser.add_argument_group(title).add_mutually_exclusive_group()
-    group.add_argument("--demo", **switch, help="real weights and text, on a laptop's CPU, without a network")
-    group.add_argument("--mini", **switch, help="--from_scratch --num_hidden_layers=4 --max_seq_len=4096")
+    group.add_argument("--demo", **SWITCH, help="real weights and text, on a laptop's CPU, without a network")
+    group.add_argument("--mini", **SWITCH, help="--from_scratch --num_hidden_layers=4 --max_seq_len=4096")
     group = parser.add_argument_group("flags")
     for name, (default, kind, text) in FLAGS.items():
         shown = "" if default in (None, False) else f" ({default})"
-        reading = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         if kind is bool:
-            reading = switch
-        elif isinstance(kind, tuple):
-            reading = {"type": kind[0]}
+            reading = SWITCH
+        elif isinstance(kind, list):
+            reading = {"choices": kind}
+        else:
+            reading = {"type": kind[0] if isinstance(kind, tuple) else kind}
         group.add_argument(f"--{name}", default=default, help=text + shown, **reading)
     return parser
 
@@ -185,28 +181,27 @@ def build_trainer(args):
     from trainer.saver import check_folder
 
     engine_name = engine.choose(args.engine) if args.mode == "train" else "native"
-    resumed = engine.resume_state(args.resume_from, args.save_dir, engine_name) if args.resume_from else None
+    resumed = engine.resume_state(args.resume_from, args.save_dir, engine_name)
     config = assets.load_config(args.model_id, args.num_hidden_layers)
     if not args.from_scratch and not resumed:
         assets.weight_files(args.model_id)  # downloads them now, so that no rank waits for it later
     train_args = trainer_args(args, config, resumed)
-    if args.mode == "evaluate":
-        if not train_args.dataset.val_args:
-            fix = "prepare it with a larger --validation_fraction"
-            raise ValueError(f"{args.dataset_path} has no validation samples: {fix}")
-        if args.resume_from and not resumed:
-            raise ValueError(
-                f"--resume_from={args.resume_from}: there is no such checkpoint in {args.save_dir}"
-            )
-    else:
-        samples = len(data.open_split(**train_args.dataset.train_args))
-        if samples < train_args.global_batch_size:
-            needed = f"less than one global batch of {train_args.global_batch_size}"
-            fix = "prepare more text, or lower --global_batch_size or --grad_accumulation_steps"
-            raise ValueError(f"{args.dataset_path} has {samples} training samples, {needed}: {fix}")
-        for folder in (args.save_dir, args.log_dir):
-            inputs = [args.model_id, args.tokenizer_id, args.dataset_path]
-            check_folder(Path(folder), inputs, resumed is not None)
+    samples, needed = len(data.open_split(**train_args.dataset.train_args)), train_args.global_batch_size
+    inputs = [args.model_id, args.tokenizer_id, args.dataset_path]
+    for folder in (args.save_dir, args.log_dir) if args.mode == "train" else ():
+        check_folder(Path(folder), inputs, resumed is not None)
+    if args.mode == "train" and samples < needed:
+        fix = "prepare more text, or lower --global_batch_size or --grad_accumulation_steps"
+        raise ValueError(
+            f"{args.dataset_path} has {samples} training samples, a global batch {needed}: {fix}"
+        )
+    if args.mode == "evaluate" and not train_args.dataset.val_args:
+        fix = "prepare it with a larger --validation_fraction"
+        raise ValueError(f"{args.dataset_path} has no validation samples: {fix}")
+    if args.mode == "evaluate" and args.resume_from and not resumed:
+        raise ValueError(
+            f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}: train first"
+        )
     return engine.trainer_class(engine_name)(train_args=train_args, options=engine_options(args, engine_name))
 
 
@@ -222,7 +217,7 @@ def trainer_args(args, config, resumed: dict | None):
     llama = chosen(args, "model_id", "from_scratch", "num_hidden_layers", "seed")
     adamw = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, resumed))
-    collate = data.Collator(args.max_seq_len, args.micro_batch_size)
+    flags, collate = chosen(args, *FLAGS), data.Collator(args.max_seq_len, args.micro_batch_size)
     logs, log_dir = (loggers.JsonlLogger, loggers.TensorBoardLogger), dict(log_dir=args.log_dir)
     return interface.TrainerArgs(
         compute_config=interface.ComputeConfig(plan_ngpus=1, runtime_ngpus=world_size()),
@@ -238,9 +233,7 @@ def trainer_args(args, config, resumed: dict | None):
         log=[interface.LogConfig(logger_class, log_dir) for logger_class in logs],
         hook=interface.HookMapConfig(
             # With these, exporting a checkpoint does not need this run's flags.
-            on_save_checkpoint=lambda _, state: state.update(
-                config=chosen(args, *FLAGS), model=config.to_dict()
-            ),
+            on_save_checkpoint=lambda _, state: state.update(config=flags, model=config.to_dict()),
             on_train_end=lambda _: draw_curves(args.log_dir),
         ),
         **batch_sizes(args, resumed),
@@ -333,12 +326,12 @@ def merge(args) -> None:
 
 
 def export(args) -> None:
-    source, folder = (
-        Path(args.export_hf or f"{args.save_dir}/last"),
-        Path(args.output_path or f"{args.save_dir}/hf"),
-    )
+    source = Path(args.export_hf or f"{args.save_dir}/last")
+    folder = Path(args.output_path or f"{args.save_dir}/hf")
     export_checkpoint(args, source, folder, args.export_dtype)
-    print(f"exported {source} to {folder}: AutoModelForCausalLM.from_pretrained('{folder}') loads it")
+    print(
+        f"exported {source.resolve()} to {folder}: AutoModelForCausalLM.from_pretrained('{folder}') loads it"
+    )
 
 
 def export_checkpoint(args, path: Path, folder: Path, dtype: str | None):
@@ -371,6 +364,7 @@ def generate(args) -> None:
             folder = Path(temporary, "hf")
             tokenizer = export_checkpoint(args, source, folder, args.precision)
         else:
+            assets.weight_files(args.model_id)  # says what is missing
             folder, tokenizer = assets.model_folder(args.model_id), assets.load_tokenizer(args.tokenizer_id)
         length, seed, dtype = args.max_new_tokens, args.seed, args.precision
         print(generate_text(folder, tokenizer, args.generate, length, seed, dtype))
@@ -393,13 +387,14 @@ def verify_resume(args) -> None:
 
 # ---------------------------------------------------------------- start
 
+# Mode -> (function, how argparse reads it, help).
 MODES = {
-    "prepare_data": prepare,
-    "evaluate": evaluate,
-    "merge_checkpoint": merge,
-    "export_hf": export,
-    "generate": generate,
-    "verify_resume": verify_resume,
+    "prepare_data": (prepare, SWITCH, "download or read, tokenize, pack, split, save"),
+    "merge_checkpoint": (merge, dict(nargs="?", const="", metavar="DIR"), "one file from shards"),
+    "export_hf": (export, dict(nargs="?", const="", metavar="PATH"), "a Hugging Face folder"),
+    "evaluate": (evaluate, SWITCH, "validation loss of the model, or of --resume_from"),
+    "generate": (generate, dict(metavar="PROMPT"), "a sample from the model, or from --resume_from"),
+    "verify_resume": (verify_resume, SWITCH, "train, kill, resume, and compare bit for bit"),
 }
 
 
@@ -425,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--{args.mode} runs in one process: start it with python instead of torchrun")
         if args.mode != "train":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets clean-up code run
-        MODES.get(args.mode, train)(args)
+        MODES.get(args.mode, (train,))[0](args)
         return 0
     except ValueError as error:
         logger.debug("traceback:", exc_info=True)

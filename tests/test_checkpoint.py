@@ -392,7 +392,7 @@ def test_a_box_that_two_ranks_hold_counts_once(tmp_path):
 @pytest.fixture
 def saver(tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Saver(tmp_path, 2, False, dist.new_group(backend="gloo"))
+    yield Saver(tmp_path, 2, False, dist.new_group(backend="gloo"), None)
     dist.destroy_process_group()
 
 

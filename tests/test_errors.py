@@ -49,7 +49,7 @@ def test_wrong_input_is_a_sentence_with_the_fix(flags, capsys, case):
 
 def test_evaluating_a_checkpoint_that_is_not_there_is_refused(flags, tmp_path, capsys):
     code, said = messages(capsys, *flags, "--evaluate", "--resume_from=last", f"--save_dir={tmp_path}")
-    assert code == 2 and "there is no such checkpoint" in said
+    assert code == 2 and "no such checkpoint" in said
 
 
 def test_a_fresh_run_does_not_set_aside_what_it_reads(flags, tiny, tmp_path, capsys):

@@ -42,14 +42,9 @@ class CheckpointName:
         return cls(*map(int, text.split("-"))) if re.fullmatch(r"\d{4,}-\d{4,}", text) else None
 
 
-def saving_path(folder: Path) -> Path:
-    """The folder in which the checkpoint is written before it gets its name."""
-    return folder.with_name(f".saving-{folder.name}")
-
-
-def replaced_path(folder: Path) -> Path:
-    """Where an older checkpoint of that name waits until the new one has the name, or is being deleted."""
-    return folder.with_name(f".replaced-{folder.name}")
+def hidden_path(folder: Path, what: str) -> Path:
+    """Where a checkpoint is written before it gets its name ('saving'), or waits to be deleted ('replaced')."""
+    return folder.with_name(f".{what}-{folder.name}")
 
 
 def validation_path(folder: Path) -> Path:
@@ -57,18 +52,16 @@ def validation_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.validation.json")
 
 
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name; -1 for another name."""
+    name = CheckpointName.parse(folder.name)
+    return name.step if name else -1
+
+
 def checkpoints(save_dir: Path) -> list[Path]:
     """Finished checkpoint folders, the newest step first."""
-    found = [
-        path for path in save_dir.glob("*-*") if step_of(path) is not None and (path / MANIFEST).is_file()
-    ]
+    found = [path for path in save_dir.glob("*-*") if step_of(path) >= 0 and (path / MANIFEST).is_file()]
     return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
-
-
-def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for another name."""
-    name = CheckpointName.parse(folder.name)
-    return name.step if name else None
 
 
 def candidates(save_dir: Path, which: str) -> list[Path]:
@@ -79,12 +72,11 @@ def candidates(save_dir: Path, which: str) -> list[Path]:
     link = save_dir / which
     named = [save_dir / link.readlink()] if link.is_symlink() else []
     # A save that was killed between its two renames left the checkpoint under its other name.
-    found = [path for folder in named for path in (folder, replaced_path(folder)) if path.is_dir()]
+    found = [path for folder in named for path in (folder, hidden_path(folder, "replaced")) if path.is_dir()]
     if which == "last":
         # Checkpoints newer than `last` belong to an abandoned run: try them last.
-        newest = step_of(named[0]) if named else None
         others = [path for path in checkpoints(save_dir) if path not in named]
-        found += sorted(others, key=lambda path: newest is not None and step_of(path) > newest)
+        found += sorted(others, key=lambda path: named != [] and step_of(path) > step_of(named[0]))
     return found
 
 
@@ -211,14 +203,23 @@ class Checkpoint:
                     f"{what} does not match its checksum: it was damaged after it was saved"
                 )
 
-    def read(self, name: str, box: Box | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self,
+        name: str,
+        box: Box | None = None,
+        out: torch.Tensor | None = None,
+        expected: tuple | None = None,
+    ) -> torch.Tensor:
         """Copies a box of the tensor (default: all of it) into `out`, or into a new tensor on the CPU.
 
-        Raises CheckpointError if it is not all there.
+        Raises CheckpointError if it is not all there, or if the whole tensor's shape is not the expected one.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} holds no tensor {name}: it belongs to another model")
         dtype, shape = self.tensors[name]
+        if expected not in (None, shape):
+            wanted = f"this model's is {expected}: give the same model flags"
+            raise CheckpointError(f"{self.path}: {name} has shape {shape}, {wanted}")
         box = box or Box.whole(shape)
         out = torch.empty(box.shape, dtype=dtype) if out is None else out
         missing = box.size

@@ -64,15 +64,15 @@ def open_checkpoint(path: Path):
     return NnScalerCheckpoint(path) if is_nnscaler(path) else Checkpoint.open(path)
 
 
-def resume_state(resume_from: str, save_dir: str, engine: str) -> dict | None:
-    """The state of the checkpoint to resume from; None if there is no 'last' or 'best'.
+def resume_state(resume_from: str | None, save_dir: str, engine: str) -> dict | None:
+    """The state of the checkpoint to resume from; None if there is none, or no 'last' or 'best'.
 
     Raises ValueError if all are damaged, or if the other engine wrote them. Starts no process group.
     """
     from trainer.checkpoint import CheckpointError, candidates
     from trainer.nnscaler_engine.files import is_nnscaler
 
-    paths, problem = [Path(resume_from)], None
+    paths, problem = [Path(resume_from)] if resume_from else [], None
     if resume_from in ("last", "best"):
         link = Path(save_dir, resume_from)
         paths = [link] if is_nnscaler(link) else candidates(Path(save_dir), resume_from)

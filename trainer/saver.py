@@ -5,9 +5,9 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,33 +15,30 @@ import torch.distributed as dist
 
 from trainer import checkpoint, parallel
 from trainer.args import TrainingFailed
-from trainer.checkpoint import CheckpointError, CheckpointName, replaced_path, saving_path, sync_folder
+from trainer.checkpoint import CheckpointError, CheckpointName, hidden_path, sync_folder
 from trainer.tensorfile import Box, TensorFileWriter
 
 logger = logging.getLogger(__name__)
 
-Part = tuple[
-    tuple[int, ...], Box, torch.Tensor
-]  # the whole tensor's shape, this rank's box of it, its values
+# The whole tensor's shape, this rank's box of it, and the values in the box.
+Part = tuple[tuple[int, ...], Box, torch.Tensor]
 
 
 class Saver:
     """Writes one checkpoint at a time, all ranks together.
 
-    background: save in a thread. group: a gloo process group of its own, because a background save communicates
-    while training does too. A failed save is the same TrainingFailed on every rank: `save` raises it, or the
-    `wait` after a background save.
+    background: save in a thread. group: a gloo process group for this alone, because a background save
+    communicates while training does too. good: the checkpoint that was resumed. A failed save is the same
+    TrainingFailed on every rank: `save` raises it, or the `wait` after a background save.
     """
 
-    def __init__(
-        self, save_dir: Path, keep_last: int | None, background: bool, group, good: Path | None = None
-    ):
+    def __init__(self, save_dir: Path, keep_last: int | None, background: bool, group, good: Path | None):
         self.save_dir, self.keep_last, self.background, self.group = save_dir, keep_last, background, group
         self.is_first = dist.get_rank(group) == 0
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
         self.newest: Path | None = None  # saved, but no step has succeeded from it yet
-        self.good = good  # the newest checkpoint from which a step succeeded, or that was resumed
-        self._thread, self._error = None, None
+        self.good = good  # the newest one from which a step succeeded
+        self._thread, self._saving = ThreadPoolExecutor(1, "checkpoint"), None
 
     def save(
         self, name: CheckpointName, tensors: dict[str, torch.Tensor], state: dict, rng: str, began: float
@@ -53,10 +50,8 @@ class Saver:
         """
         self.wait()
         folder = self.save_dir / str(name)
-        if self.is_first:
-            checkpoint.validation_path(folder).unlink(
-                missing_ok=True
-            )  # of an earlier checkpoint of that name
+        if self.is_first:  # an earlier checkpoint of that name may have left its validation
+            checkpoint.validation_path(folder).unlink(missing_ok=True)
         parts = {
             key: (tuple(tensor.shape), parallel.local_box(tensor), parallel.local(tensor))
             for key, tensor in tensors.items()
@@ -66,8 +61,7 @@ class Saver:
             parts = {key: (shape, box, _host_copy(data)) for key, (shape, box, data) in parts.items()}
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # training may change the tensors only after the copies are complete
-            self._thread = threading.Thread(target=self._run, args=(folder, parts, state, rng, began))
-            self._thread.start()
+            self._saving = self._thread.submit(self._write, folder, parts, state, rng, began)
         else:
             self._write(folder, parts, state, rng, began)
         self.newest = folder
@@ -75,21 +69,18 @@ class Saver:
 
     def wait(self) -> None:
         """Returns once the last save is on disk; raises its error."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._saving is not None and not self._saving.done()
 
     @property
     def failed(self) -> bool:
         """Will `wait` raise?"""
-        return self._error is not None
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def record_validation(self, name: CheckpointName, val_loss: float) -> None:
         """Writes the loss beside the checkpoint, and moves `best`. Only rank 0 calls this."""
@@ -132,23 +123,13 @@ class Saver:
         return f"there is only {self.newest}, untried" if self.newest else "no checkpoint was saved before"
 
     def _up_to(self, folder: Path | None) -> list[Path]:
-        """Finished checkpoints, the newest first; later steps than the folder's are an abandoned run's."""
-        limit = checkpoint.step_of(folder) if folder else None
-        return [
-            path
-            for path in checkpoint.checkpoints(self.save_dir)
-            if limit is not None and checkpoint.step_of(path) <= limit
-        ]
-
-    def _run(self, *args) -> None:
-        try:
-            self._write(*args)
-        except BaseException as error:  # wait() raises it again in the training thread
-            self._error = error
+        """Finished checkpoints, the newest first; steps later than the folder's belong to an abandoned run."""
+        limit = checkpoint.step_of(folder) if folder else -1
+        return [path for path in checkpoint.checkpoints(self.save_dir) if checkpoint.step_of(path) <= limit]
 
     def _write(self, folder: Path, parts: dict[str, Part], state: dict, rng: str, began: float) -> None:
         rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        temporary = saving_path(folder)
+        temporary = hidden_path(folder, "saving")
 
         def prepare():
             self.save_dir.mkdir(parents=True, exist_ok=True)
@@ -176,7 +157,7 @@ class Saver:
 
     def _publish(self, folder: Path, files: dict, state: dict) -> None:
         """All data is on disk; manifest and renames remain. A kill between any two leaves whole checkpoints."""
-        temporary, replaced = saving_path(folder), replaced_path(folder)
+        temporary, replaced = hidden_path(folder, "saving"), hidden_path(folder, "replaced")
         body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
         _write_json(temporary / checkpoint.MANIFEST, {**body, "checksum": checkpoint.json_digest(body)})
         sync_folder(temporary)
@@ -227,7 +208,7 @@ def _swap_link(save_dir: Path, link: str, target: str) -> None:
 
 def _remove(folder: Path) -> None:
     """Deletes a checkpoint. It is renamed first: a half-deleted folder must not look like a checkpoint."""
-    doomed = replaced_path(folder)
+    doomed = hidden_path(folder, "replaced")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

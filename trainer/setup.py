@@ -74,7 +74,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 def build_model(
     args: TrainerArgs, options: NativeOptions, device: torch.device, resumed: Checkpoint | None
 ) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
-    """The sharded model with its weights, and the name of each parameter in checkpoints."""
+    """The sharded model, and the name of each parameter in checkpoints."""
     model = args.model.type(**args.model.args)
     mesh = parallel.build_mesh(device)
     parallel.parallelize(model, mesh, args.precision, options.recompute, options.compile)
@@ -86,7 +86,7 @@ def build_model(
 def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> dict[torch.nn.Parameter, str]:
     """Fills the parameters, and returns the name of each in checkpoints.
 
-    The weights come from the checkpoint, else from the model's weight_files(), else from initial_values().
+    Weights come from the checkpoint, else from the model's weight_files(), else from initial_values().
     """
     prefix = getattr(model, "name_prefix", "")
     names = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
@@ -95,12 +95,7 @@ def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> d
     for parameter, name in names.items():
         box, out = parallel.local_box(parameter), parallel.local(parameter)
         if source:
-            key = f"model.{name}" if resumed else name
-            found = source.tensors[key][1] if key in source.tensors else parameter.shape
-            if found != parameter.shape:
-                wanted = f"this model's is {tuple(parameter.shape)}: give the same model flags"
-                raise CheckpointError(f"{source.path}: {name} has shape {found}, {wanted}")
-            source.read(key, box, out)
+            source.read(f"model.{name}" if resumed else name, box, out, tuple(parameter.shape))
         elif hasattr(model, "initial_values") and box.size:
             start = box.offsets[0] * math.prod(parameter.shape[1:])  # FSDP's boxes are runs of whole rows
             out.copy_(model.initial_values(name, start, start + box.size).view(box.shape))
@@ -110,7 +105,7 @@ def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> d
 def open_resumed(args: TrainerArgs, control) -> Checkpoint | None:
     """The checkpoint to resume from, verified by all ranks together; None: a fresh start.
 
-    'last' falls back to the newest good checkpoint with a warning. control: a gloo group of all ranks.
+    'last' falls back to the newest good one. control: a gloo group of all ranks.
     """
     wanted, save_dir = args.checkpoint.resume_from, Path(args.checkpoint.save_dir)
     named = str(wanted) in ("last", "best")

@@ -18,9 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK_BYTES = (
-    2**22
-)  # a core's cache holds about this much: bytes are still there when they are hashed, then written
+CHUNK_BYTES = 2**22  # what is written is still in the core's cache when it is hashed
 
 
 class TensorFileError(ValueError):
@@ -100,9 +98,7 @@ class TensorFileWriter:
     `digests` collects each tensor's checksum. OSErrors carry the file's name.
     """
 
-    def __init__(
-        self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
-    ):
+    def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, tuple]], metadata: dict[str, str]):
         self.digests: dict[str, str] = {}
         self._path, self._specs, self._metadata = path, specs, metadata
         self._remaining, self._hash, self._size = iter(specs), xxhash.xxh3_128(), 0
@@ -147,9 +143,7 @@ class TensorFileWriter:
     def replace_metadata(self, metadata: dict[str, str]) -> None:
         """Rewrites the header with metadata of the same length. The file's checksum no longer holds."""
         before, self._metadata = len(self._header()), metadata
-        header = self._header()
-        assert len(header) == before
-        os.pwrite(self._file.fileno(), header, 0)
+        assert os.pwrite(self._file.fileno(), self._header(), 0) == before
 
     def finish(self) -> dict:
         """Flushes everything to disk; returns the file's size and checksum."""
