@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM after a save."""
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "torch.distributed"):
+    for noisy in ("httpx", "datasets", "torch.distributed", "nnscaler"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # prints text of any language on any terminal

@@ -1,6 +1,7 @@
 """The global sample order, a pure function of seed, epoch and position, and each rank's batches from it."""
 
 import functools
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,6 +50,10 @@ class GlobalBatchSampler:
                 mine = position + self.rank * self.micro_batch_size + np.arange(self.micro_batch_size)
                 yield self.indices(mine if self.stop is None else mine[mine < self.stop]).tolist()
                 position += self.micro_batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """The number of micro-batches; there is no end without `stop`."""
+        return sys.maxsize if self.stop is None else sum(1 for _ in self)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Dataset indices at these positions of the run."""

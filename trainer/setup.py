@@ -71,18 +71,23 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
 
 
-@torch.no_grad()
 def build_model(
     args: TrainerArgs, options: NativeOptions, device: torch.device, resumed: Checkpoint | None
 ) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
-    """The sharded model, and the name of each parameter in checkpoints.
-
-    Weights come from the checkpoint, else from the model's weight_files(), else from its initial_values().
-    """
+    """The sharded model, and the name of each parameter in checkpoints."""
     model = args.model.type(**args.model.args)
     mesh = parallel.build_mesh(device)
     parallel.parallelize(model, mesh, args.precision, options.recompute, options.compile)
     parallel.materialize(model, device)
+    return model, fill_weights(model, resumed)
+
+
+@torch.no_grad()
+def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> dict[torch.nn.Parameter, str]:
+    """Fills the parameters, and returns the name of each in checkpoints.
+
+    Weights come from the checkpoint, else from the model's weight_files(), else from initial_values().
+    """
     prefix = getattr(model, "name_prefix", "")
     names = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
     files = model.weight_files() if hasattr(model, "weight_files") and not resumed else None
@@ -94,7 +99,7 @@ def build_model(
         elif hasattr(model, "initial_values") and box.size:
             start = box.offsets[0] * math.prod(parameter.shape[1:])  # FSDP's boxes are runs of whole rows
             out.copy_(model.initial_values(name, start, start + box.size).view(box.shape))
-    return model, names
+    return names
 
 
 def open_resumed(args: TrainerArgs, control) -> Checkpoint | None:

@@ -1,7 +1,6 @@
-"""Runs a script with nnScaler on a CPU: `torchrun --nproc_per_node=2 tests/helpers/nnscaler_cpu.py train.py --engine=nnscaler ...`.
+"""Runs a script with nnScaler on a CPU, for tests: nnscaler_cpu.py train.py --engine=nnscaler ...
 
-nnScaler asks for CUDA by name. Nothing of it is edited: this module stands the CPU in for the one GPU it looks for, at run
-time. For tests only.
+nnScaler asks for CUDA by name. This module replaces that at run time with the CPU as the only GPU.
 """
 
 import contextlib
@@ -87,7 +86,7 @@ def trace_on_cpu() -> None:
 
 
 def profile_in_this_process() -> None:
-    """autodist's profiler spawns a process for each GPU, which would come up without what is replaced here."""
+    """autodist's profiler spawns a process for each GPU, which would start without these replacements."""
     from nnscaler.autodist.cost_database import CostDatabase
 
     real = CostDatabase.profile_comp

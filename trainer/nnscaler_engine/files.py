@@ -1,6 +1,6 @@
-"""nnScaler's checkpoint files: tells them from ours, merges its shards, and reads the weights of its merged file.
+"""nnScaler's checkpoint files: tells them from ours, merges shards, and reads the weights of a merged file.
 
-nnScaler itself is needed only to merge. Its files are pickles: torch.load reads them with weights_only.
+Only merging needs nnScaler itself. Merged files are pickles: torch.load reads them with weights_only.
 """
 
 import json
@@ -16,59 +16,49 @@ STATE_FILE = "state.json"  # beside nnScaler's shards: what our checkpoints call
 
 
 def is_nnscaler(path: Path) -> bool:
-    """Is it a folder of nnScaler's shards (or of links to them, as its `last` is), or a file that torch.save wrote?"""
-    if path.is_dir():
-        return (path / "0.ckpt").exists()
+    """Is it a folder of nnScaler's shards (`last` has links to them), or a file that torch.save wrote?"""
     if not path.is_file():
-        return False
+        return (path / "0.ckpt").exists()
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
-def merge(folder: Path, out_file: Path) -> Path:
-    """Lets nnScaler merge its shards, which takes memory for the whole model and optimizer. Raises CheckpointError."""
-    try:
-        from nnscaler.cli.trainer import Trainer
-    except ImportError:
-        raise CheckpointError(
-            f"{folder} holds nnScaler's shards, which only nnScaler merges: install it (requirements-nnscaler.txt)"
-        ) from None
-    files = sorted(folder.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
-    with temporary_sibling(Path(out_file)) as temporary:
-        Trainer.merge_checkpoint([str(file) for file in files], str(temporary))
-    return Path(out_file)
-
-
 class NnScalerCheckpoint:
-    """A folder of nnScaler's shards, or its merged file; raises CheckpointError if it is neither.
+    """A folder of nnScaler's shards, or a merged file. Raises CheckpointError if the file is none.
 
-    state: what our checkpoints call so; empty for a file that another script wrote.
+    state: what our checkpoints call so; empty if another script wrote the checkpoint.
     """
 
     def __init__(self, path: str | Path):
-        self.path, self._weights = Path(path).resolve(), None
+        self.path, self.state, self._weights = Path(path).resolve(), {}, None
         if self.path.is_file():
             self._weights, self.state = read_merged(self.path)
-            return
-        state_file = (self.path / "0.ckpt").resolve().parent / STATE_FILE
-        if not state_file.is_file():
-            raise CheckpointError(
-                f"{path} holds nnScaler's shards of another script: merge them with it first"
-            )
-        self.state = json.loads(state_file.read_text())
+        elif (beside := (self.path / "0.ckpt").resolve().with_name(STATE_FILE)).is_file():
+            self.state = json.loads(beside.read_text())
 
     def verify(self) -> None:
-        """Loads the weights; raises CheckpointError if that fails. nnScaler's files have no checksums."""
+        """Maps the weights into memory; raises CheckpointError if that fails. There are no checksums."""
         if self._weights is None:
             with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".merging-") as folder:
-                merged = merge(self.path, Path(folder) / "merged.ckpt")
-                self._weights, _ = read_merged(merged)  # they stay mapped after the file is deleted
+                self._weights, _ = read_merged(self.merge(Path(folder, "merged.ckpt")))
+
+    def merge(self, out_file: Path) -> Path:
+        """Lets nnScaler merge the shards, in memory for the whole model and optimizer."""
+        try:
+            from nnscaler.cli import Trainer
+        except ImportError:
+            raise CheckpointError(f"{self.path}: only nnScaler merges its shards; install it") from None
+        files = sorted(self.path.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
+        if not files:
+            raise CheckpointError(f"{self.path} is merged already")
+        with temporary_sibling(out_file) as temporary:
+            Trainer.merge_checkpoint([str(file) for file in files], str(temporary))
+        return out_file
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape."""
-        self.verify()
-        return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.parameters()}
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every model parameter: the fp32 master weights if the training kept some."""
@@ -84,13 +74,11 @@ def read_merged(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(f"{path} is no merged checkpoint: {str(error).splitlines()[0]}") from None
     prefix = next(iter(weights)).split(".")[0] + "."
-    if not all(name.startswith(prefix) for name in weights):
-        prefix = ""  # the module was not wrapped
+    prefix *= all(name.startswith(prefix) for name in weights)  # else the module was not wrapped
     found, seen = {}, set()
     for name, weight in weights.items():
         place = (weight.untyped_storage().data_ptr(), weight.storage_offset())
-        if place in seen:
-            continue  # tied to an earlier parameter: the optimizer counts it once
-        found[name.removeprefix(prefix)] = per_parameter[len(seen)].get("fp32_params", weight)
-        seen.add(place)
+        if place not in seen:  # else it is tied to an earlier parameter, and the optimizer counts it once
+            found[name.removeprefix(prefix)] = per_parameter[len(seen)].get("fp32_params", weight)
+            seen.add(place)
     return found, json.loads(content["trainer_state"][0]) if "trainer_state" in content else {}

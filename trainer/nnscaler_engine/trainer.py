@@ -1,536 +1,265 @@
-"""nnScaler's Trainer behind ours: the same TrainerArgs, with what its version 0.8 gets wrong or leaves out put right around it.
+"""Runs our TrainerArgs on nnScaler 0.8: refuses what it cannot do, translates the rest, follows the run."""
 
-Imported only where nnScaler runs. Data come in our sample order as one long epoch; positions are counted in samples.
-"""
-
-import hashlib
-import importlib.metadata
-import inspect
 import json
 import logging
 import math
 import os
-import signal
-import socket
-import sys
+import pkgutil
+import shutil
 import time
 import warnings
-from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import nnscaler
 import torch
 import torch.distributed as dist
-from nnscaler.cli import train_hook, trainer_args
-from nnscaler.cli import trainer as nnscaler_trainer
-from nnscaler.graph.tracer import wrap_utils
-from nnscaler.graph.tracer.torch_fx_patcher import TorchFXPatcher
+from nnscaler import cli
+from nnscaler.graph import tracer
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
-from trainer import checkpoint, foreign, hooks
-from trainer.args import DatasetSamplerConfig, TrainerArgs, load_type, refuse_unsupported
+from trainer import setup
+from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
+from trainer.checkpoint import checkpoints
+from trainer.loggers import perplexity, progress_line
+from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
 from trainer.sampler import GlobalBatchSampler
-from trainer.tensorfile import TensorFileReader
-from trainer.trainer import SIGTERM_EXIT_CODE, TrainingFailed, peak_memory_gib, perplexity, set_aside
-from trainer.trainer import Trainer as NativeTrainer
+from trainer.saver import set_aside
+from trainer.trainer import SIGTERM_EXIT_CODE, TrainState, peak_memory_gib
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs TrainerArgs on nnScaler 0.8. Raises ValueError for what it cannot do, TrainingFailed when the run breaks down."""
+    """Runs TrainerArgs on nnScaler 0.8, on every rank that torchrun started or on one without it.
 
-    def __init__(self, argv: list[str] | None = None, *, train_args: TrainerArgs):
-        _refuse(train_args)
-        self.train_args = train_args
+    Raises ValueError for what the user can fix before training, TrainingFailed if the run breaks down.
+    nnScaler stops at the first step that is not finite: `max_skipped_steps` has no effect.
+    """
+
+    def __init__(self, *, train_args: TrainerArgs, options: NativeOptions | None = None):
+        self.args, self.options = train_args, options or NativeOptions()
+        self.save_dir = Path(train_args.checkpoint.save_dir)
+        wanted = train_args.checkpoint.resume_from
+        path = wanted and Path(self.save_dir if wanted in ("last", "best") else "", wanted)
+        self.resumed = path if path and path.exists() else None
+        if wanted and not self.resumed:
+            logger.warning("WARNING: there is no %s: training starts fresh", path)
+        # nnScaler unpickles what it resumes. Opening a merged file refuses one that holds more than data.
+        self.saved = saved = NnScalerCheckpoint(path).state if self.resumed else {}
+        recompute = self.options.recompute
+        refusals = {
+            "--compile=on": self.options.compile,
+            "--async_save=on": self.options.async_save,
+            f"--recompute={recompute}: use none or full": recompute not in ("none", "full"),
+            "--recompute=full with --pas_policy=dp": (recompute, train_args.pas_policy) == ("full", "dp"),
+            f"--resume_from={path}, which another script wrote": self.resumed and not saved,
+            f"--save_dir={self.save_dir}, which is our engine's": saved and checkpoints(self.save_dir),
+        }
+        if problems := [f"--engine=nnscaler does not support {what}" for what in refusals if refusals[what]]:
+            raise ValueError("\n".join(problems))
 
     def run(self) -> None:
-        """Trains to the end; a SIGTERM saves and exits with 143."""
-        _pretend_torchrun()
-        _fit_torch()
-        logging.getLogger("nnscaler").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", "Length of .* dataset")  # short micro-batches are padded
-        config = self.train_args.checkpoint
-        if (
-            config.get_resume_checkpoint() is None
-            and not config.no_save
-            and _rank() == 0
-            and (Path(config.save_dir) / "last").exists()
-        ):
-            set_aside(Path(config.save_dir))
-        try:
-            nnscaler_trainer.Trainer(train_args=_translate(self.train_args)).run()
-        finally:
-            if dist.is_initialized():
+        """Trains to the end. A SIGTERM saves and exits with 143."""
+        _adapt_surroundings()
+        if os.environ["RANK"] == "0" and not self.resumed and (self.save_dir / "last").exists():
+            set_aside(self.save_dir)
+        setup.seed_everything(self.args.seed, self.options.deterministic)
+        with setup.noted_signals() as signals:
+            hook = RunHook(self.args, self.options, self.saved, signals)
+            try:
+                cli.Trainer(train_args=self._translate(hook)).run()
+            finally:
+                for log in hook.loggers:
+                    log.finalize()
                 nnscaler.uninit()
 
-    def evaluate(self) -> float:
-        """The validation loss; nothing of it needs a plan, so our own Trainer computes it."""
-        return NativeTrainer(train_args=self.train_args).evaluate()
-
-    @classmethod
-    def merge_checkpoint(cls, checkpoint_files, out_file) -> None:
-        """Merges the shards of one checkpoint into one file."""
-        checkpoint.merge(Path(checkpoint_files[0]).parent, out_file)
-
-
-def _refuse(args: TrainerArgs) -> None:
-    refuse_unsupported(args)
-    options, resume = args.compute_config.pas_config, args.checkpoint.get_resume_checkpoint()
-    mapped = args.hook if args.hook and not hasattr(args.hook, "args") else None
-    refusals = [
-        (options.get("compile"), "compile: its generated code is run as it is; use --compile=off"),
-        (options.get("async_save"), "async_save: use --async_save=off"),
-        (
-            options.get("recompute", "none") not in ("none", "full"),
-            "recompute of some layers: use --recompute=full or none",
-        ),
-        (
-            options.get("recompute") == "full" and args.pas_policy == "dp",
-            "recompute with pas_policy 'dp': use 'autodist'",
-        ),
-        (mapped and (mapped.on_epoch_start or mapped.on_epoch_end), "epoch hooks: use the step hooks"),
-        (not args.checkpoint.symlink_best_and_last, "checkpoint.symlink_best_and_last=False: leave it True"),
-        (
-            resume and not (foreign.is_shards(resume) or resume.is_file() and foreign.is_merged(resume)),
-            f"resuming from {resume}, which our Trainer wrote: use --engine=native, or start from its export (--export_hf, --model_id)",
-        ),
-        (
-            resume and checkpoint.checkpoints(Path(args.checkpoint.save_dir)),
-            f"saving among our Trainer's checkpoints in {args.checkpoint.save_dir}: give another --save_dir",
-        ),
-    ]
-    if problems := [f"--engine=nnscaler does not support {text}" for asked, text in refusals if asked]:
-        raise ValueError("\n".join(problems))
-    if resume and resume.is_file():
-        foreign.MergedFile(
-            resume
-        )  # nnScaler unpickles whatever it is given; what holds more than data stops here
-
-
-# ---------------------------------------------------------------- surroundings
-
-
-def _pretend_torchrun() -> None:
-    """Without torchrun nnScaler does not start at all."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= dict(
-        TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="1", RANK="0"
-    )
-    os.environ |= dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK="0")
-
-
-def _rank() -> int:
-    return int(os.environ["RANK"])
-
-
-def _fit_torch() -> None:
-    """Two places where the tracer does not know torch 2.13 yet."""
-    table = wrap_utils.default_autowrap_leaf_function
-    for function in [f for f in table if "pybind11_detail" in str(getattr(f, "__qualname__", ""))]:
-        del table[function]  # named in torch's listing, but not to be found there
-    if not hasattr(TorchFXPatcher, "is_impure_of_0_8"):
-        TorchFXPatcher.is_impure_of_0_8 = TorchFXPatcher.is_impure_new
-        TorchFXPatcher.is_impure_new = staticmethod(
-            lambda node, *_, **__: TorchFXPatcher.is_impure_of_0_8(node)
+    def _translate(self, hook: "RunHook") -> "NnScalerArgs":
+        ours, mean = self.args, "per-token-mean"
+        traced_class = pkgutil.resolve_name(ours.model.type.for_tracing)
+        for function, dims in getattr(traced_class, "whole_functions", {}).items():
+            nnscaler.register_op(dims)(function)
+        recomputed = traced_class.layer_class.__name__ if self.options.recompute == "full" else ""
+        plan = dict(use_zero=True, use_end2end=True, pas_config={"recompute_modules": recomputed})
+        schedule, config, adam = ours.lr_scheduler, ours.optimizer, ours.optimizer.type
+        if ours.precision == "bf16" and adam is torch.optim.AdamW:
+            adam = MixedPrecisionAdamW  # it keeps fp32 master weights
+        resume = self.resumed and cli.trainer_args.ResumeOptions(str(self.resumed))
+        # Without a validation set, nnScaler would choose the best by training losses.
+        saves = {**vars(ours.checkpoint), "resume_from": resume, "save_best": bool(ours.dataset.val_args)}
+        order = dict(accumulation=ours.grad_accumulation_steps, seed=ours.seed, start=hook.state.samples)
+        changed = dict(
+            compute_config=nnscaler.ComputeConfig(**vars(ours.compute_config), **plan),
+            # The code of another run may hold other weights or shapes.
+            gen_savedir=f".nnscaler/{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['MASTER_PORT']}",
+            gen_reuse="override",
+            model=cli.ModelConfig(traced_class, ours.model.args),
+            optimizer=cli.OptimizerConfig(adam, config.args, config.clip_gnorm, mean, mean, sum_outputs),
+            lr_scheduler=schedule and cli.LRSchedulerConfig(**vars(schedule), interval="step"),
+            dataset=cli.DatasetConfig(**vars(ours.dataset)),
+            dataset_sampler=cli.DatasetSamplerConfig(train_args=order),
+            dataloader=cli.DataloaderConfig(**vars(ours.dataloader)),
+            checkpoint=cli.CheckpointConfig(**saves),
+            # RoPE's frequencies are buffers, and bf16 is too coarse for them.
+            precision={"param": ours.precision, "buffer": "fp32", "input": ours.precision},
+            enable_progress_bar=False,
+            log=[],
+            hook=cli.HookConfig(lambda _: hook),
         )
+        return NnScalerArgs(**{**vars(ours), **changed})
 
 
-# ---------------------------------------------------------------- arguments
-
-
-def _translate(args: TrainerArgs) -> "_Args":
-    """Our dataclasses into nnScaler's of the same names, with what it needs to be told differently."""
-    model_type = load_type(args.model.type)
-    traced = load_type(getattr(model_type, "for_tracing", model_type))
-    for function, dims in getattr(traced, "whole_functions", {}).items():
-        nnscaler.register_op(dims)(function)
-    options = args.compute_config.pas_config
-    passed = {key: value for key, value in options.items() if key.startswith("_") or key == "mem_constraint"}
-    passed["recompute_modules"] = options.get("recompute_modules", "")
-    if options.get("recompute") == "full":
-        passed["recompute_modules"] = model_type.layer_class.__name__
-    optimizer = args.optimizer
-    if args.precision["param"] == "bf16" and load_type(optimizer.type) is torch.optim.AdamW:
-        optimizer = replace(optimizer, type=MixedPrecisionAdamW)  # keeps master weights in fp32
-    changes = {
-        "compute_config": replace(args.compute_config, pas_config=passed),
-        "model": replace(args.model, type=traced),
-        "optimizer": optimizer,
-        "checkpoint": replace(
-            args.checkpoint,
-            every_n_epochs=None,
-            every_n_train_steps=args.checkpoint.every_n_train_steps or sys.maxsize,
-            save_best=args.checkpoint.save_best
-            and bool(args.dataset.val_args),  # without validation the newest would be the best
-        ),
-        "gen_reuse": "moo",  # what a killed run left unfinished is generated again
-        "max_epochs": None,
-        "val_every_n_epochs": None,  # epochs are counted by the hook
-    }
-    given = {item.name: changes.get(item.name, getattr(args, item.name)) for item in fields(args)}
-    real = _Args(**{name: _real(value) for name, value in given.items()})
-    real.prepare(args)
-    return real
-
-
-def _real(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_real(item) for item in value]
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    return getattr(trainer_args, type(value).__name__)(
-        **{item.name: _real(getattr(value, item.name)) for item in fields(value)}
-    )
-
-
-@dataclass
-class _Args(trainer_args.TrainerArgs):
-    """nnScaler's arguments, with the parts they create replaced."""
-
-    def prepare(self, ours: TrainerArgs) -> None:
-        self.ours = ours
-        self.sets = {stage: self.create_dataset(stage) for stage in ("train", "val")}
-        steps = [ours.max_train_steps] if ours.max_train_steps else []
-        if ours.max_epochs:
-            steps.append(math.ceil(ours.max_epochs * len(self.sets["train"]) / ours.global_batch_size))
-        self.max_train_steps = min(steps)
-        self.bookkeeper = _Bookkeeper(self)
-        self.gen_savedir = str(Path(ours.gen_savedir) / self._code_key())
-
-    def _code_key(self) -> str:
-        """Names the folder of generated code after everything that determines it, the weights baked into it among them."""
-        model = self.model_type(**self.ours.model.args)
-        collate = (
-            load_type(self.ours.dataloader.train_args.get("collate_fn")) or torch.utils.data.default_collate
-        )
-        batch = collate(
-            [self.sets["train"][index] for index in range(self.micro_batch_size)]
-        )  # the same on every rank
-        classes = [
-            cls for cls in self.model_type.__mro__ if not cls.__module__.startswith(("torch", "builtins"))
-        ]
-        sources = {
-            inspect.getsourcefile(item) for item in (*classes, *getattr(model, "whole_functions", {}), _Args)
-        }
-        files = (model.weight_files() if hasattr(model, "weight_files") else None) or {}
-        plain, config = self.ours.to_dict(), getattr(getattr(model, "model", None), "config", None)
-        facts = {
-            "args": [plain[key] for key in ("compute_config", "pas_policy", "model", "precision", "seed")],
-            "batch": [self.global_batch_size, self.micro_batch_size, _shapes(batch)],
-            "config": config and config.to_dict(),
-            "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
-            "weights": sorted(
-                (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in set(files.values())
-            ),
-            "sources": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(sources)],
-            "versions": [importlib.metadata.version(name) for name in ("nnscaler", "torch", "transformers")],
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+class NnScalerArgs(cli.TrainerArgs):
+    """nnScaler's arguments also create the parts of a run: this replaces the parts that must be ours."""
 
     def to_dict(self) -> dict:
-        return self.ours.to_dict()
-
-    def init_env(self, trainer) -> None:
-        if self.ours.compute_config.pas_config.get("deterministic"):
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        super().init_env(trainer)
+        return {"checkpoint": {"save_type": "sharded"}}  # tells nnScaler what a shard is
 
     def create_model(self) -> torch.nn.Module:
-        """With real weights: nnScaler starts from those that it traces."""
+        """With its weights, because nnScaler starts from those of the model that it traces."""
         model = super().create_model()
-        prefix, files = (
-            getattr(model, "name_prefix", ""),
-            model.weight_files() if hasattr(model, "weight_files") else None,
-        )
-        made: dict[int, torch.nn.Parameter] = {}  # a tied parameter is made once
-        for module_name, module in model.named_modules():
-            for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                if parameter.is_meta and id(parameter) not in made:
-                    name = f"{module_name}.{key}".removeprefix(prefix)
-                    value = (
-                        TensorFileReader(files[name]).read(name)
-                        if files
-                        else model.initial_values(name, 0, parameter.numel())
-                    )
-                    made[id(parameter)] = torch.nn.Parameter(value.float().reshape(parameter.shape))
-                if parameter.is_meta:
-                    setattr(module, key, made[id(parameter)])
+        for parameter in model.parameters():
+            if parameter.is_meta:  # swapped in place, so that tied parameters stay tied
+                on_cpu = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                torch.utils.swap_tensors(parameter, on_cpu)
+        setup.fill_weights(model)
         return model
 
     def create_dataloader(self, stage="train", dataset=None):
-        args = self.ours
-        dataset = self.sets.get(stage)
+        """In our sample order, from where the resumed run stopped; to nnScaler the run is one epoch."""
         if dataset is None:
             return None
-        order = (args.dataset_sampler or DatasetSamplerConfig()).train_args
-        train, steps = stage == "train", self.max_train_steps
-        sampler = _Sampler(
-            len(dataset),
-            args.micro_batch_size,
-            args.update_freq if train else 1,
-            _rank() // args.compute_config.plan_ngpus,
-            args.scaling_factor,
-            order.get("seed", args.seed or 0),
-            train and order.get("shuffle", True),
-            stop=len(dataset) if not train else args.max_epochs * len(dataset) if args.max_epochs else None,
-        )
-        each = args.micro_batch_size * args.scaling_factor
-        sampler.micro_batches = steps * args.update_freq if train else math.ceil(len(dataset) / each)
-        options = (args.dataloader.val_args if not train else None) or args.dataloader.train_args
-        options = {
-            key: load_type(value) if key == "collate_fn" else value
-            for key, value in options.items()
-            if key != "drop_last"
-        }
-        return _Loader(dataset, batch_sampler=sampler, **options)
-
-    def create_loggers(self) -> list:
-        return [self.bookkeeper.loggers]
-
-    def create_hook(self):
-        user = train_hook.TrainHook()
-        for name, function in self.bookkeeper.user_hooks.items():
-            if "checkpoint" not in name:  # those get our state, not nnScaler's
-                setattr(user, name, function)
-        return train_hook.AggregatedTrainHook([self.bookkeeper, user])
+        place = dict(rank=dist.get_rank() // self.compute_config.plan_ngpus, world_size=self.scaling_factor)
+        order = dict(shuffle=False, stop=len(dataset)) if stage == "val" else self.dataset_sampler.train_args
+        sampler = GlobalBatchSampler(len(dataset), self.micro_batch_size, **place, **order)
+        # The global generator's state must not depend on how many loaders were started.
+        options = dict(self.dataloader.train_args, generator=torch.Generator())
+        return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, **options)
 
 
-def _shapes(batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return {key: _shapes(value) for key, value in batch.items()}
-    return [str(batch.dtype), list(batch.shape)] if isinstance(batch, torch.Tensor) else str(type(batch))
+def sum_outputs(outputs: list[tuple], group) -> cli.AggregatedOutputs:
+    """Sums what forward returned over micro-batches and ranks."""
+    sums = torch.stack([torch.stack((loss.double(), count.double())) for _, loss, count in outputs]).sum(0)
+    dist.all_reduce(sums, group=group)
+    loss_sum, targets = sums.cpu().numpy()  # without targets the mean is nan, not an exception
+    # nnScaler divides training losses by num_tokens, and validation losses by num_batches.
+    return cli.AggregatedOutputs(loss_sum, num_batches=targets, num_tokens=targets or math.nan)
 
 
-class _Sampler(GlobalBatchSampler):
-    """With the length that nnScaler asks for: the micro-batches of the whole run, or of the validation set."""
-
-    micro_batches: int
-
-    def __len__(self) -> int:
-        return self.micro_batches
-
-
-class _Loader(torch.utils.data.DataLoader):
-    """Starts where the checkpoint stopped, so that nothing is drawn and dropped."""
-
-    def state_dict(self) -> dict:
-        return {}  # the hook writes it, when the step is counted
-
-    def load_state_dict(self, state: dict) -> None:
-        self.batch_sampler.start = state["samples"]
+def _adapt_surroundings() -> None:
+    """Sets what torchrun sets, and repairs two places where nnScaler's tracer does not know torch 2.13."""
+    alone = dict(RANK="0", LOCAL_RANK="0", GROUP_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    alone |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCHELASTIC_RUN_ID=str(os.getpid()))
+    os.environ |= {**alone, **os.environ}
+    table = tracer.wrap_utils.default_autowrap_leaf_function
+    for function in [f for f in table if "pybind11_detail" in str(getattr(f, "__qualname__", ""))]:
+        del table[function]  # torch lists the name, but has no such function
+    patcher = tracer.torch_fx_patcher.TorchFXPatcher
+    is_impure = patcher.is_impure_new
+    patcher.is_impure_new = staticmethod(lambda node, *_, **__: is_impure(node))
+    # Our collate_fn fills short batches, and a resume replays the schedule.
+    warnings.filterwarnings("ignore", "Length of .* dataset|Detected call of .lr_scheduler.step")
 
 
-# ---------------------------------------------------------------- the run
+class RunHook(cli.train_hook.TrainHook):
+    """Counts, logs, saves when nnScaler does not, and repairs what it loads; nnScaler calls it on every rank.
 
+    saved: the state of the resumed checkpoint, or {}. signals: which ones arrived (setup.noted_signals).
+    """
 
-class _Loggers:
-    """Our loggers, on rank 0, set up once the step to continue from is known."""
+    def __init__(self, args: TrainerArgs, options: NativeOptions, saved: dict, signals: dict):
+        self.args, self.options, self.signals = args, options, signals
+        self.state, self.best = TrainState.from_dict(saved), saved.get("best_val_loss")
+        self.peak_gib, self.loggers = 0.0, []
+        self.on_train_end = args.hook.on_train_end or self.on_train_end
 
-    def __init__(self, args: TrainerArgs):
-        self.args, self.loggers = args, []
-
-    def start(self, step: int) -> None:
-        if _rank() == 0:
-            self.loggers = [load_type(config.type)(**config.args) for config in self.args.log]
-        for log in self.loggers:
-            log.setup(self.args.to_dict(), step)
-
-    def setup(self, config: dict) -> None:
-        pass
-
-    def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
-        if "train_loss" in metrics or "val_loss" in metrics:  # memory is among them
-            for log in self.loggers:
-                log.log_metrics(metrics, step, tag=tag)
-
-    def finalize(self) -> None:
-        for log in self.loggers:
-            log.finalize()
-
-
-class _Bookkeeper(train_hook.TrainHook):
-    """Counts samples and tokens, names the metrics as ours, saves at epoch ends and on SIGTERM, repairs what was loaded."""
-
-    def __init__(self, args: _Args):
-        self.args, self.ours = args, args.ours
-        self.loggers, self.user_hooks = _Loggers(args.ours), hooks.create(args.ours.hook)
-        self.samples = self.tokens = self.stop = 0
-        self.resumed, self.best, self.val_loss = None, math.inf, math.inf
-
-    def _epoch(self, samples: int) -> int:
-        return samples // len(self.args.sets["train"])
-
-    def after_setup(self, trainer) -> None:
-        step = trainer.train_status.finished_train_steps
-        if self.resumed:
-            self._repair(trainer, step)
-        self.loggers.start(step)
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", 1))
-
-    def _repair(self, trainer, step: int) -> None:
-        for state in trainer.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()  # a merged file shares one among all parameters
-        # Optimizer and schedule follow this run's arguments.
-        given = {
-            key: value
-            for key, value in self.ours.optimizer.args.items()
-            if key in trainer.optimizer.param_groups[0]
-        }
+    def after_load_checkpoint(self, trainer, content) -> None:
+        logger.info("resumed at step %d of %d", self.state.step, self.args.max_train_steps)
+        trainer.dataloader_resumed = True  # else nnScaler draws and drops the batches before this step
+        for moments in trainer.optimizer.state.values():
+            # All parameters of a merged file share one step tensor, which each of them would advance.
+            moments["step"] = moments["step"].clone()
         for group in trainer.optimizer.param_groups:
             group.pop("initial_lr", None)
-            group.update(given)
-        if self.ours.lr_scheduler:
-            trainer.lr_scheduler = self.args.create_lr_scheduler(trainer.optimizer)
-            for _ in range(step if self.ours.lr_scheduler.interval == "step" else self._epoch(self.samples)):
-                trainer.lr_scheduler.step()
-        if "on_load_checkpoint" in self.user_hooks:
-            self.user_hooks["on_load_checkpoint"](trainer, self.resumed)
-        if "after_load_checkpoint" in self.user_hooks:
-            self.user_hooks["after_load_checkpoint"](trainer, self.resumed)
-        if trainer.rank == 0:
-            logger.info("resumed: step %d, %d samples seen", step, self.samples)
+            group.update(self.args.optimizer.args)  # this run's, not those of the checkpoint
+        trainer.lr_scheduler = trainer.train_args.create_lr_scheduler(trainer.optimizer)
+        for _ in range(self.state.step if trainer.lr_scheduler else 0):
+            trainer.lr_scheduler.step()
 
-    def on_load_checkpoint(self, trainer, state: dict) -> None:
-        text = state.get("trainer_state")
-        if text is None:
-            raise ValueError(
-                "the checkpoint was not written by this train.py: export its weights and start from them"
-            )
-        self.resumed = json.loads(text[0] if isinstance(text, list) else text)
-        self.samples, self.tokens = self.resumed["samples"], self.resumed["train_state"]["tokens"]
-        best = self.resumed["train_state"]["best_val_loss"]
-        state["train_status"] = {"finished_train_steps": self.resumed["step"]}
-        self.best = math.inf if best is None else best
+    def after_setup(self, trainer) -> None:
+        if trainer.local_rank == 0:  # all ranks have loaded the generated code
+            shutil.rmtree(trainer.train_args.gen_savedir, ignore_errors=True)
 
     def on_train_start(self, trainer) -> None:
-        if self.resumed:
-            trainer.train_status.best_loss = self.best
-        if (
-            self.ours.compute_config.pas_config.get("validate_first")
-            and trainer.train_status.finished_train_steps == 0
-        ):
-            trainer._validate(nnscaler_trainer._StepStat())
-
-    def on_step_start(self, trainer, epoch, idx) -> None:
-        self.began = time.perf_counter()
+        self.loggers = [config.type(**config.args) for config in self.args.log if trainer.rank == 0]
+        for log in self.loggers:
+            log.setup(self.state.step)
+        trainer.train_status.best_loss = self.best or math.inf
+        if self.options.validate_first and self.state.step == 0:
+            trainer._validate(cli.trainer._StepStat())
 
     def on_train_step_start(self, trainer, batches) -> None:
-        self.step_tokens = sum(
-            int(batch.get("num_tokens", 0)) for batch in batches if isinstance(batch, dict)
-        )
+        self.began, self.val_loss = time.perf_counter(), math.nan
+        self.step_tokens = sum(int(batch["num_tokens"]) for batch in batches)
 
-    def after_gnorm_clip(self, trainer, gnorm) -> None:
-        if not math.isfinite(gnorm.item()):
-            raise TrainingFailed(
-                f"the gradient norm of step {trainer.train_status.finished_train_steps + 1} is {gnorm.item()}: stopped before the update. "
-                "Lower --learning_rate, raise --warmup_steps, or use --engine=native, which skips such steps"
-            )
+    def after_optimizer_step(self, trainer) -> None:
+        # nnScaler resets the device's peak before it logs.
+        self.peak_gib = max(self.peak_gib, peak_memory_gib(torch.device("cuda")))
 
     def before_log_train_metrics(self, trainer, metrics, aggregated) -> None:
-        device = torch.cuda.current_device()
+        """Counts the step, and logs it under our names."""
+        state, device, size = self.state, torch.cuda.current_device(), len(trainer.dataset["train"])
         tokens = torch.tensor(self.step_tokens, device=device)
         dist.all_reduce(tokens, group=trainer.sync_group)
-        largest = torch.tensor(
-            [peak_memory_gib(torch.device("cuda")), self.stop], dtype=torch.float64, device=device
-        )
+        largest = torch.tensor([self.peak_gib, *self.signals.values()], dtype=torch.float64, device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        peak, self.stop = largest.tolist()
-        self.epoch, self.tokens = self._epoch(self.samples), self.tokens + tokens.item()
-        seconds = time.perf_counter() - self.began
-        for name in ("loss", "train_wall"):
-            metrics.pop(name)
-        metrics |= dict(
-            epoch=self.epoch,
-            tokens=self.tokens,
-            tokens_per_second=tokens.item() / seconds,
-            step_seconds=seconds,
-        )
-        metrics["peak_memory_gib"] = peak
-
-    def on_step_end(self, trainer, epoch, idx, metrics, aggregated) -> None:
-        ours = self.ours
-        self.samples += ours.global_batch_size
-        ended, last = (
-            self._epoch(self.samples) > self.epoch,
-            trainer.train_status.finished_train_steps == trainer.max_train_steps,
-        )
-        if ended and ours.lr_scheduler and ours.lr_scheduler.interval == "epoch":
-            trainer.lr_scheduler.step()
-        step_stat = nnscaler_trainer._StepStat(
-            train_loss=aggregated.loss_sum / max(1, aggregated.num_tokens or aggregated.num_batches)
-        )
-        epochs, save, validate = (
-            self._epoch(self.samples),
-            ours.checkpoint.every_n_epochs,
-            ours.val_every_n_epochs,
-        )
-        if (ended and save and epochs % save == 0 or self.stop) and not last:
-            trainer._validate_and_save(step_stat)
-        elif (
-            ended
-            and validate
-            and epochs % validate == 0
-            and not last
-            and trainer.dataloader["val"] is not None
-        ):
-            trainer._validate(step_stat)
-        if self.stop and not last:
-            logger.info(
-                "SIGTERM: saved step %d and stopping; --resume_from=last goes on",
-                trainer.train_status.finished_train_steps,
-            )
-            self.loggers.finalize()
-            sys.exit(SIGTERM_EXIT_CODE)
-
-    def after_aggregate_val_step_outputs(self, trainer, aggregated, val_loss) -> None:
-        if aggregated.num_tokens is not None:
-            aggregated.num_batches = (
-                aggregated.num_tokens
-            )  # what nnScaler divides by: the mean is over tokens
+        self.peak_gib, self.terminated, self.save_wanted = largest.tolist()
+        epoch, seconds = state.samples // size, time.perf_counter() - self.began
+        state.step, state.updates = state.step + 1, state.updates + 1
+        state.samples += self.args.global_batch_size
+        state.tokens += tokens.item()
+        self.epoch_ended = state.samples // size > epoch
+        row = {"epoch": epoch, **{name: metrics[name] for name in ("train_loss", "lr", "gnorm")}}
+        speed = {"tokens_per_second": tokens.item() / seconds, "step_seconds": seconds}
+        row |= {"tokens": state.tokens, **speed, "peak_memory_gib": self.peak_gib}
+        for log in self.loggers:
+            log.log_metrics(row, state.step, tag="train")
+        logger.info(progress_line(state.step, self.args.max_train_steps, row))
+        if not math.isfinite(row["gnorm"]):
+            raise TrainingFailed(f"step {state.step} is not finite: lower --learning_rate, then resume")
 
     def before_log_val_metrics(self, trainer, metrics) -> None:
-        metrics.pop("val_wall", None)
-        metrics["perplexity"] = perplexity(metrics["val_loss"])
         self.val_loss = metrics["val_loss"]
+        row = {"val_loss": self.val_loss, "perplexity": perplexity(self.val_loss)}
+        for log in self.loggers:
+            log.log_metrics(row, self.state.step, tag="val")
+        logger.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *row.values())
 
-    def on_save_checkpoint(self, trainer, state: dict) -> None:
-        step, best = (
-            trainer.train_status.finished_train_steps,
-            min(trainer.train_status.best_loss, self.val_loss),
-        )
-        ours = {
-            "step": step,
-            "epoch": self.epoch,
-            "samples": self.samples,
-            "world_size": trainer.world_size,
-            "global_batch_size": self.ours.global_batch_size,
-            "seed": self.ours.seed,
-            "train_state": dict(
-                step=step,
-                samples=self.samples,
-                tokens=self.tokens,
-                updates=step,
-                best_val_loss=best if math.isfinite(best) else None,
-            ),
-            "config": self.ours.to_dict(),
-        }
-        if "on_save_checkpoint" in self.user_hooks:
-            self.user_hooks["on_save_checkpoint"](trainer, ours)
-        state["dataloader"] = {"samples": self.samples}
-        state["trainer_state"] = json.dumps(ours)
+    def on_step_end(self, trainer, epoch, idx, metrics, aggregated) -> None:
+        """Saves where nnScaler does not: at an epoch's end, and when a signal asks for it."""
+        if self.state.step == self.args.max_train_steps:
+            return  # nnScaler saves the last step
+        if self.terminated or self.save_wanted:
+            self.signals.update(dict.fromkeys(self.signals, False))
+            trainer._save_checkpoint(math.nan)  # at once, without a validation; nan is never the best loss
+        elif self.epoch_ended and not self.args.checkpoint.every_n_train_steps:
+            trainer._validate_and_save(cli.trainer._StepStat(train_loss=math.nan))
+        if self.terminated:
+            logger.info("SIGTERM: saved and stopping; --resume_from=last continues")
+            raise SystemExit(SIGTERM_EXIT_CODE)
+
+    def on_save_checkpoint(self, trainer, content: dict) -> None:
+        """Adds our state to the shard; rank 0 also writes it beside the shards."""
+        if is_best := self.val_loss <= trainer.train_status.best_loss:
+            self.best = self.val_loss
+        state = dict(vars(self.state), best_val_loss=self.best, global_batch_size=self.args.global_batch_size)
+        if hook := self.args.hook.on_save_checkpoint:
+            hook(trainer, state)
+        content["trainer_state"] = json.dumps(state)
         if trainer.rank == 0:
-            save_dir = Path(self.ours.checkpoint.save_dir)
-            folder = save_dir / f"{(step - 1) // trainer.total_train_steps_per_epoch:04d}-{step:04d}"
+            folder = Path(self.args.checkpoint.save_dir, f"0000-{self.state.step:04d}")  # one long epoch
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / foreign.STATE_FILE).write_text(state["trainer_state"])
-            for path in save_dir.glob("[lb]*st/*.ckpt"):
-                if int(path.stem) >= trainer.world_size:
-                    path.unlink()  # of a run on more ranks
+            (folder / STATE_FILE).write_text(content["trainer_state"])
+            for link in ("last", "best")[: 1 + is_best]:  # those that nnScaler moves to this checkpoint
+                for path in folder.parent.glob(f"{link}/*.ckpt"):
+                    if int(path.stem) >= trainer.world_size:
+                        path.unlink()  # of a run on more ranks
