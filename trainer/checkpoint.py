@@ -98,11 +98,11 @@ def read_manifest(folder: Path) -> dict:
     if json_digest(body) != checksum:
         raise CheckpointError(f"{path} does not match its own checksum: it was altered after it was saved")
     for name, entry in body["files"].items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing: the checkpoint is not whole")
-        size, saved = (folder / name).stat().st_size, entry["size"]
-        if size != saved:
-            raise CheckpointError(f"{folder / name} has {size} bytes, {saved} were saved: it was damaged")
+        file, saved = folder / name, entry["size"]
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: the checkpoint is not whole")
+        if (size := file.stat().st_size) != saved:
+            raise CheckpointError(f"{file} has {size} bytes, {saved} were saved: it was damaged")
     return body
 
 
@@ -180,9 +180,9 @@ class Checkpoint:
 
     @classmethod
     def of_weights(cls, files: dict[str, Path]) -> "Checkpoint":
-        """A pretrained model's weights: name -> file. It has no state and no checksums."""
-        opened = cls(next(iter(files.values())).parent)
-        readers = {path: TensorFileReader(path) for path in set(files.values())}
+        """A pretrained model's weights, which have no state and no checksums. files: name -> file."""
+        readers = {path: TensorFileReader(path) for path in files.values()}
+        opened = cls(next(iter(readers)).parent)
         for name, path in files.items():
             opened._add_whole(name, readers[path])
         return opened
@@ -256,10 +256,7 @@ class Checkpoint:
         metadata["digests"] = json.dumps(
             dict.fromkeys(self.tensors, "0" * 32)
         )  # known only after the copying
-        with (
-            temporary_sibling(out_file) as temporary,
-            TensorFileWriter(temporary, self.tensors, metadata) as writer,
-        ):
+        with temporary_sibling(out_file) as new, TensorFileWriter(new, self.tensors, metadata) as writer:
             for name in self.tensors:
                 writer.add(name, self.read(name))
             writer.replace_metadata({**metadata, "digests": json.dumps(writer.digests)})
@@ -269,28 +266,19 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path`, which is renamed to `path` if the block succeeds and removed if it fails.
-
-    OSErrors carry the name of `path`.
-    """
+    """Yields a name beside `path`, which is renamed to `path` if the block succeeds and removed if it fails."""
     temporary = path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        error.filename = str(path)
-        raise
     finally:
-        with contextlib.suppress(OSError):  # the parent may not be a folder, or not writable
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
     """Flushes the folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

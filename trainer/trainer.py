@@ -37,7 +37,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict) -> "TrainState":
-        """Ignores fields that this version lacks, and takes the default for those that `saved` lacks."""
+        """Ignores what is no field, and takes the default for a field that `saved` lacks."""
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
 
@@ -121,15 +121,14 @@ class Trainer:
 
     def _restore(self) -> None:
         source, seed = self.resumed, self.args.seed
-        self.state = TrainState.from_dict(source.state["train_state"])
+        self.state = TrainState.from_dict(source.state)
         setup.restore_optimizer(source, self.optimizer, self.names, self.state.updates)
         if len(source.rng) == self.world_size:
             setup.set_rng_state(source.rng[self.rank])
         if (before := source.state["seed"]) != seed:
             logger.warning("WARNING: the seed was %s, now %s: the order of the samples changes", before, seed)
-        logger.info(
-            "resumed from %s: step %d, %d samples seen", source.path, self.state.step, self.state.samples
-        )
+        step, samples = self.state.step, self.state.samples
+        logger.info("resumed from %s: step %d, %d samples seen", source.path, step, samples)
 
     def _train(self) -> None:
         args, state = self.args, self.state
@@ -274,22 +273,13 @@ class Trainer:
 
     def _validation_is_missing(self) -> bool:
         """Was the resumed checkpoint to be validated, and its validation cut off?"""
-        if not self.resumed or self.val_set is None or self.resumed.val_loss is not None:
-            return False
-        return self.resumed.state.get("validation_due", False)
+        due = self.val_set is not None and self.resumed and self.resumed.state.get("validation_due")
+        return bool(due) and self.resumed.val_loss is None
 
     def _save(self, name: CheckpointName, validation_due: bool) -> None:
         args = self.args
-        state = {
-            "step": self.state.step,
-            "epoch": name.epoch,
-            "samples": self.state.samples,
-            "world_size": self.world_size,
-            "global_batch_size": args.global_batch_size,
-            "seed": args.seed,
-            "validation_due": validation_due,
-            "train_state": vars(self.state).copy(),
-        }
+        state = {**vars(self.state), "epoch": name.epoch, "validation_due": validation_due, "seed": args.seed}
+        state |= {"world_size": self.world_size, "global_batch_size": args.global_batch_size}
         if hook := args.hook.on_save_checkpoint:
             hook(self, state)
         began = time.perf_counter()
@@ -314,10 +304,9 @@ class Trainer:
         if self.rank == 0:
             self.saver.update_best()
             self.saver.prune()
-        costs = {name: getattr(self.saver, name) for name in ("blocked_seconds", "total_seconds")}
-        self._log({f"save_{name}": seconds for name, seconds in costs.items()}, "checkpoint")
-        log_save_cost(self.step_seconds, **costs)
-        self.saver.total_seconds = 0.0
+        blocked, total, self.saver.total_seconds = self.saver.blocked_seconds, self.saver.total_seconds, 0.0
+        self._log({"save_blocked_seconds": blocked, "save_total_seconds": total}, "checkpoint")
+        log_save_cost(self.step_seconds, blocked, total)
 
     def _epoch(self) -> int:
         return self.state.samples // len(self.train_set)
