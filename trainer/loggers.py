@@ -10,8 +10,6 @@ from trainer.saver import set_aside
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-
 
 def perplexity(loss: float) -> float:
     """exp(loss); infinite if that overflows."""
@@ -49,9 +47,9 @@ class JsonlLogger:
     """
 
     def __init__(self, log_dir: str | Path):
-        self.path = Path(log_dir) / METRICS
+        self.path = Path(log_dir) / "metrics.jsonl"
 
-    def setup(self, step: int = 0) -> None:
+    def setup(self, step: int) -> None:
         """Opens the file to continue after `step`: later lines are dropped, because they will come again.
 
         A run from step 0 sets the folder aside if it holds another run.
@@ -69,7 +67,7 @@ class JsonlLogger:
             os.replace(temporary, self.path)
         self._file = open(self.path, "a", buffering=1)
 
-    def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
+    def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
         if (step, "step", *metrics) in self._known:
             return
         broken = [name for name, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
@@ -96,15 +94,15 @@ class TensorBoardLogger:
     def __init__(self, log_dir: str | Path):
         self.log_dir = str(log_dir)
 
-    def setup(self, step: int = 0) -> None:
+    def setup(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(self.log_dir, purge_step=step + 1 if step else None)
 
-    def log_metrics(self, metrics: dict, step: int, *, tag: str | None = None) -> None:
+    def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{tag}/{name}" if tag else name, value, step)
+                self._writer.add_scalar(f"{tag}/{name}", value, step)
 
     def finalize(self) -> None:
         self._writer.close()

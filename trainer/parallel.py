@@ -6,8 +6,8 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
@@ -24,15 +24,10 @@ def pick_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def build_mesh(device: torch.device) -> DeviceMesh:
-    """One axis: every rank is data parallel and holds a shard of every parameter."""
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
-
-
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, precision: str, recompute: str | int, compile_layers: bool
+    model: nn.Module, device: torch.device, precision: str, recompute: str | int, compile_layers: bool
 ) -> None:
-    """Shards the model in place. The order matters: compile includes recompute, and FSDP gathers around both.
+    """Shards the model in place and allocates its shards. Compile includes recompute; FSDP gathers around both.
 
     precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
     recompute: 'none', 'full', or how many layers recompute their activations during backward.
@@ -42,23 +37,17 @@ def parallelize(
     for layer in layers[: {"none": 0, "full": None}.get(recompute, recompute)]:
         # Replacing forward, not the module, keeps parameter names and runs FSDP's hooks once.
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    if compile_layers:
-        for layer in layers:
-            layer.compile(dynamic=False)
-    policy = MixedPrecisionPolicy(
-        param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    for layer in layers if compile_layers else []:
+        layer.compile(dynamic=False)
+    # One axis: every rank is data parallel and holds a shard of every parameter.
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    dtypes = dict(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     for module in [*layers, *getattr(model, "sharded_alone", []), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Gradients are plain sums: the trainer divides once, by the number of targets.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Allocates the shards that are still on the meta device, and moves the buffers to the device."""
+        # Gradients are plain sums: the trainer divides once, by the number of targets.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
 

@@ -80,7 +80,7 @@ class Saver:
     @property
     def failed(self) -> bool:
         """Will `wait` raise?"""
-        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+        return bool(self._saving) and self._saving.done() and self._saving.exception() is not None
 
     def record_validation(self, name: CheckpointName, val_loss: float) -> None:
         """Writes the loss beside the checkpoint, and moves `best`. Only rank 0 calls this."""
@@ -193,10 +193,10 @@ def _host_copy(data: torch.Tensor) -> torch.Tensor:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    with open(path, "w") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    with open(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _swap_link(save_dir: Path, link: str, target: str) -> None:

@@ -57,8 +57,8 @@ def noted_signals():
     try:
         yield arrived
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in before:
+            signal.signal(number, before[number])
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -76,9 +76,7 @@ def build_model(
 ) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
     """The sharded model, and the name of each parameter in checkpoints."""
     model = args.model.type(**args.model.args)
-    mesh = parallel.build_mesh(device)
-    parallel.parallelize(model, mesh, args.precision, options.recompute, options.compile)
-    parallel.materialize(model, device)
+    parallel.parallelize(model, device, args.precision, options.recompute, options.compile)
     return model, fill_weights(model, resumed)
 
 
