@@ -1,132 +1,87 @@
-"""Kills training runs of two ranks at random moments, resumes each time, and checks what is left: python killer.py OUT KILLS SEED FLAGS...
+"""Kills runs of two ranks at random moments and resumes each time: python killer.py OUT KILLS SEED FLAGS...
 
-Ranks are forked from this process, which has imported everything: a start costs a fraction of a second. Prints a JSON summary.
+Forks the ranks from this process, which has imported everything, so that a start takes a fraction of a
+second. Checks after each kill what is left, and prints a JSON summary.
 """
 
 import json
+import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from helpers.runs import import_all, outputs, wait_for
 
-import datasets  # noqa: E402, F401
-import torch  # noqa: E402, F401
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
-
-import trainer.trainer  # noqa: E402, F401
-from trainer import checkpoint  # noqa: E402
-
-RANKS = 2
+import train
+from trainer import checkpoint
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def run_rank(rank: int, port: int, flags: list[str], log: Path) -> None:
+    address = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), **address)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os._exit(train.main(flags))
 
 
-def start(argv: list[str], log: Path) -> list[int]:
-    """Forks the ranks of one run; their output goes to the log."""
-    port, processes = free_port(), []
-    for rank in range(RANKS):
-        process = os.fork()
-        if process:
-            processes.append(process)
-            continue
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(RANKS),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        import train
-
-        code = 1
-        try:
-            code = train.main(argv)
-        finally:
-            os._exit(code)
-    return processes
-
-
-def ended(process: int) -> bool:
-    return os.waitpid(process, os.WNOHANG)[0] == process
-
-
-def kill(processes: list[int], draw: random.Random) -> None:
-    for index, process in enumerate(draw.sample(processes, len(processes))):
-        if index:
-            time.sleep(draw.choice([0, 0, 0.02]))
-        os.kill(process, signal.SIGKILL)
-    for process in processes:
-        os.waitpid(process, 0)
+def start(flags: list[str], log: Path) -> list:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port, fork = free.getsockname()[1], multiprocessing.get_context("fork").Process
+    ranks = [fork(target=run_rank, args=(rank, port, flags, log)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 def newest_step(save_dir: Path) -> int:
-    """The step that --resume_from=last would continue from, after a full check; 0: none."""
+    """The step from which --resume_from=last would continue, after a full check; 0: none."""
     for path in checkpoint.candidates(save_dir, "last"):
-        source = checkpoint.Checkpoint.open(
-            path
-        )  # the first one must be good: nothing here damages a finished checkpoint
+        source = checkpoint.Checkpoint.open(path)  # the first must be good: no kill damages a finished one
         source.verify()
         return source.state["step"]
     return 0
 
 
-def wait_for(condition, processes: list[int], log: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        for process in processes:
-            assert not ended(process), f"a rank ended by itself:\n{log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"no progress:\n{log.read_text()[-3000:]}"
-        time.sleep(0.0005)
-
-
 def main(out: Path, kills: int, seed: int, flags: list[str]) -> None:
-    draw, save_dir, during_save, log = random.Random(seed), out / "ckpt", 0, out / "log.txt"
-    flags = [*flags, f"--save_dir={save_dir}", f"--log_dir={out / 'log'}"]
+    draw, save_dir, log, during_save = random.Random(seed), out / "ckpt", out / "log.txt", 0
+    flags = [*flags, *outputs(out), "--resume_from=last"]
+    endless = [*flags, "--max_train_steps=1000000", "--save_every_n_train_steps=1"]
+    endless += ["--keep_last_n_checkpoints=2"]
     for number in range(kills):
         before = newest_step(save_dir)
         log.write_text("")
-        asynchronous = draw.choice(["on", "off"])
-        saves = [
-            "--save_every_n_train_steps=1",
-            "--keep_last_n_checkpoints=2",
-            f"--async_save={asynchronous}",
-        ]
-        processes = start([*flags, *saves, "--max_train_steps=1000000", "--resume_from=last"], log)
+        ranks = start([*endless, f"--async_save={draw.choice(['on', 'off'])}"], log)
         begun = f"resumed from {save_dir.resolve()}" if before else "train_loss="
-        wait_for(lambda: begun in log.read_text(), processes, log)  # noqa: B023
+
+        def wait(condition, ranks=ranks):
+            wait_for(condition, lambda: all(rank.is_alive() for rank in ranks), log)
+
+        wait(lambda begun=begun: begun in log.read_text())
         if number % 4:  # three of four: as soon as a save is under way, and a little later
-            wait_for(lambda: any(save_dir.glob(".saving-*")), processes, log)
-            time.sleep(draw.uniform(0, 0.015))
-        else:
-            time.sleep(draw.uniform(0, 0.4))
-        reached = os.readlink(save_dir / "last") if (save_dir / "last").is_symlink() else "0000-0000"
-        kill(processes, draw)
+            wait(lambda: any(save_dir.glob(".saving-*")))
+        time.sleep(draw.uniform(0, 0.015 if number % 4 else 0.4))
+        reached = checkpoint.step_of((save_dir / "last").resolve()) or 0
+        for rank in draw.sample(ranks, 2):
+            rank.kill()
+            time.sleep(draw.choice([0, 0, 0.02]))
+        for rank in ranks:
+            rank.join()
         during_save += any(save_dir.glob(".saving-*"))
-        text = log.read_text()
-        assert "WARNING" not in text.replace("OMP_NUM_THREADS", ""), text
-        if before:
-            assert f"step {before}," in text, f"step {before} was whole, but:\n{text}"
-        after = newest_step(save_dir)
-        assert after >= int(reached.split("-")[1]), (
-            f"step {reached} was whole before the kill, {after} after it"
-        )
+        said, after = log.read_text(), newest_step(save_dir)
+        assert "WARNING" not in said.replace("OMP_NUM_THREADS", ""), said
+        assert not before or f"step {before}," in said, f"step {before} was whole, but:\n{said}"
+        assert after >= reached, f"step {reached} was whole before the kill, {after} after it"
     last = newest_step(save_dir) + 3
-    for process in start([*flags, f"--max_train_steps={last}", "--resume_from=last"], log):
-        assert os.waitpid(process, 0)[1] == 0, log.read_text()[-3000:]
+    for rank in start([*flags, f"--max_train_steps={last}"], log):
+        rank.join()
+        assert rank.exitcode == 0, log.read_text()[-3000:]
     print(json.dumps({"kills": kills, "during_save": during_save, "seed": seed, "steps": last}))
 
 
 if __name__ == "__main__":
+    import_all()
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
