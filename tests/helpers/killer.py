@@ -19,7 +19,7 @@ import train
 from trainer import checkpoint
 
 
-def run_rank(rank: int, port: int, flags: list[str], log: Path) -> None:
+def run_rank(rank: int, port: int, flags: list[str]) -> None:
     address = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), **address)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -28,16 +28,16 @@ def run_rank(rank: int, port: int, flags: list[str], log: Path) -> None:
     os._exit(train.main(flags))
 
 
-def start(flags: list[str], log: Path) -> list:
+def start(*flags: str) -> list:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port, fork = free.getsockname()[1], multiprocessing.get_context("fork").Process
-    ranks = [fork(target=run_rank, args=(rank, port, flags, log)) for rank in range(2)]
+    ranks = [fork(target=run_rank, args=(rank, port, [*common, *flags])) for rank in range(2)]
     for rank in ranks:
         rank.start()
     return ranks
 
 
-def newest_step(save_dir: Path) -> int:
+def newest_step() -> int:
     """The step from which --resume_from=last would continue, after a full check; 0: none."""
     for path in checkpoint.candidates(save_dir, "last"):
         source = checkpoint.Checkpoint.open(path)  # the first must be good: no kill damages a finished one
@@ -46,42 +46,37 @@ def newest_step(save_dir: Path) -> int:
     return 0
 
 
-def main(out: Path, kills: int, seed: int, flags: list[str]) -> None:
-    draw, save_dir, log, during_save = random.Random(seed), out / "ckpt", out / "log.txt", 0
-    flags = [*flags, *outputs(out), "--resume_from=last"]
-    endless = [*flags, "--max_train_steps=1000000", "--save_every_n_train_steps=1"]
-    endless += ["--keep_last_n_checkpoints=2"]
-    for number in range(kills):
-        before = newest_step(save_dir)
-        log.write_text("")
-        ranks = start([*endless, f"--async_save={draw.choice(['on', 'off'])}"], log)
-        begun = f"resumed from {save_dir.resolve()}" if before else "train_loss="
-
-        def wait(condition, ranks=ranks):
-            wait_for(condition, lambda: all(rank.is_alive() for rank in ranks), log)
-
-        wait(lambda begun=begun: begun in log.read_text())
-        if number % 4:  # three of four: as soon as a save is under way, and a little later
-            wait(lambda: any(save_dir.glob(".saving-*")))
-        time.sleep(draw.uniform(0, 0.015 if number % 4 else 0.4))
-        reached = checkpoint.step_of((save_dir / "last").resolve()) or 0
-        for rank in draw.sample(ranks, 2):
-            rank.kill()
-            time.sleep(draw.choice([0, 0, 0.02]))
-        for rank in ranks:
-            rank.join()
-        during_save += any(save_dir.glob(".saving-*"))
-        said, after = log.read_text(), newest_step(save_dir)
-        assert "WARNING" not in said.replace("OMP_NUM_THREADS", ""), said
-        assert not before or f"step {before}," in said, f"step {before} was whole, but:\n{said}"
-        assert after >= reached, f"step {reached} was whole before the kill, {after} after it"
-    last = newest_step(save_dir) + 3
-    for rank in start([*flags, f"--max_train_steps={last}"], log):
+def kill_one_run(in_save: bool) -> bool:
+    """Returns whether the kill hit a save. in_save: it comes when a save is under way, or a little later."""
+    before = newest_step()
+    log.write_text("")
+    saves = ["--save_every_n_train_steps=1", "--keep_last_n_checkpoints=2"]
+    ranks = start(*saves, "--max_train_steps=1000000", f"--async_save={draw.choice(['on', 'off'])}")
+    begun = f"resumed from {save_dir.resolve()}" if before else "train_loss="
+    going_on = lambda: all(rank.is_alive() for rank in ranks)  # noqa: E731
+    wait_for(lambda: begun in log.read_text(), going_on, log)
+    if in_save:
+        wait_for(lambda: any(save_dir.glob(".saving-*")), going_on, log)
+    time.sleep(draw.uniform(0, 0.015 if in_save else 0.4))
+    reached = checkpoint.step_of((save_dir / "last").resolve()) or 0
+    for rank in draw.sample(ranks, 2):
+        rank.kill()
+        time.sleep(draw.choice([0, 0, 0.02]))
+    for rank in ranks:
         rank.join()
-        assert rank.exitcode == 0, log.read_text()[-3000:]
-    print(json.dumps({"kills": kills, "during_save": during_save, "seed": seed, "steps": last}))
+    hit, said, after = any(save_dir.glob(".saving-*")), log.read_text(), newest_step()
+    assert "WARNING" not in said.replace("OMP_NUM_THREADS", ""), said
+    assert not before or f"step {before}," in said, f"step {before} was whole, but:\n{said}"
+    assert after >= reached, f"step {reached} was whole before the kill, {after} after it"
+    return hit
 
 
-if __name__ == "__main__":
-    import_all()
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+import_all()
+out, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+save_dir, log, common = out / "ckpt", out / "log.txt", [*sys.argv[4:], *outputs(out), "--resume_from=last"]
+hits = sum(kill_one_run(in_save=number % 4 > 0) for number in range(kills))
+last = newest_step() + 3
+for process in start(f"--max_train_steps={last}"):
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+print(json.dumps({"kills": kills, "during_save": hits, "seed": sys.argv[3], "steps": last}))

@@ -79,32 +79,23 @@ def column(run: Path, key: str) -> list:
     return [row[key] for _, row in sorted(rows(run / "log", key).items())]
 
 
-def same_weights(one: Path, other: Path) -> bool:
+def assert_same(run: Path, whole: Path, first_step: int = 1) -> None:
+    """From that step on both have the same metrics to the last bit, and both end with the same weights."""
     import torch
 
     from trainer.checkpoint import Checkpoint
 
-    one, other = (dict(Checkpoint.open(run / "ckpt" / "last").parameters()) for run in (one, other))
-    return one.keys() == other.keys() and all(
-        torch.equal(tensor, other[name]) for name, tensor in one.items()
-    )
-
-
-def assert_same(run: Path, whole: Path, first_step: int = 1) -> None:
-    """From that step on both runs have the same metrics to the last bit; both end with the same weights."""
-    exact = [
-        {step: [row[key] for key in EXACT] for step, row in rows(folder / "log", "train_loss").items()}
-        for folder in (run, whole)
-    ]
-    assert exact[0] and exact[0] == {step: row for step, row in exact[1].items() if step >= first_step}
-    assert same_weights(run, whole)
+    one, other = (rows(folder / "log", "train_loss") for folder in (run, whole))
+    assert one and one.keys() == {step for step in other if step >= first_step}
+    assert all(row[key] == other[step][key] for step, row in one.items() for key in EXACT)
+    one, other = (dict(Checkpoint.open(folder / "ckpt" / "last").parameters()) for folder in (run, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def import_all() -> None:
     """Imports what a run needs, so that it costs a fork no time, and a measurement no memory."""
-    for module in ("data", "export", "model"):
-        importlib.import_module(f"llama3.{module}")
-    for module in ("datasets", "transformers.models.llama.modeling_llama", "trainer.trainer"):
+    modules = "llama3.data llama3.export llama3.model trainer.trainer datasets"
+    for module in [*modules.split(), "transformers.models.llama.modeling_llama"]:
         importlib.import_module(module)
 
 
