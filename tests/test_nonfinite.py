@@ -26,8 +26,8 @@ def run(flags, tiny, tmp_path_factory):
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][token] = math.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with open(make_text(out / "one.jsonl", documents=40), "a") as f:
-        f.write(json.dumps({"text": "the ~ union"}) + "\n")
+    text = make_text(out / "one.jsonl", documents=12)  # 12 steps see all of it, in whatever order
+    text.write_text(json.dumps({"text": "the ~ union"}) + "\n" + text.read_text())
     bad = (json.dumps({"text": f"{n} the state of ~ " * 9}) + "\n" for n in range(40))
     (out / "all.jsonl").write_text("".join(bad))
     cases = {}
