@@ -31,8 +31,7 @@ def large(flags, tmp_path_factory):
 
 def measured(out, ranks, task, *flags):
     argv = ["tests/helpers/memory.py", out / "peak", task, *flags]
-    done = torchrun(ranks, *argv, **HELPERS) if ranks > 1 else python(*argv, **HELPERS)
-    assert done.returncode == 0
+    torchrun(ranks, *argv, **HELPERS) if ranks > 1 else python(*argv, **HELPERS)
     found = [json.loads((out / f"peak.{rank}").read_text()) for rank in range(ranks)]
     print(flags[-3:], {key: [row[key] / MIB for row in found] for key in found[0]})
     return found

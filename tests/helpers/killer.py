@@ -58,7 +58,8 @@ def kill_one_run(in_save: bool) -> bool:
     if in_save:
         wait_for(lambda: any(save_dir.glob(".saving-*")), going_on, log)
     time.sleep(draw.uniform(0, 0.015 if in_save else 0.4))
-    reached = checkpoint.step_of((save_dir / "last").resolve()) or 0
+    link = save_dir / "last"
+    reached = checkpoint.step_of(link.readlink()) if link.is_symlink() else 0
     for rank in draw.sample(ranks, 2):
         rank.kill()
         time.sleep(draw.choice([0, 0, 0.02]))
