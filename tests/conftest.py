@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.runs import make_model, make_text, python
+from helpers.runs import make_model, make_text, prepare
 
 
 @pytest.fixture(scope="session")
@@ -14,21 +14,13 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tiny, tmp_path_factory) -> Path:
-    """Text prepared for the tiny model by train.py itself: 32 tokens a sample, a fifth of the documents for validation."""
-    folder = tmp_path_factory.mktemp("data")
-    make_text(folder / "text.jsonl", documents=60)
-    python("train.py", "--prepare_data", f"--model_id={tiny}", f"--dataset_id={folder / 'text.jsonl'}", "--max_seq_len=32",
-           "--validation_fraction=0.2", f"--dataset_path={folder / 'prepared'}")  # fmt: skip
-    return folder / "prepared"
+    """Text for the tiny model: 32 tokens a sample, a fifth of the documents for validation."""
+    text = make_text(tmp_path_factory.mktemp("data") / "text.jsonl", documents=60)
+    return prepare(tiny, text, validation_fraction=0.2)
 
 
 @pytest.fixture(scope="session")
 def flags(tiny, prepared) -> list[str]:
     """What every run on the tiny model shares."""
-    return [
-        f"--model_id={tiny}",
-        f"--dataset_path={prepared}",
-        "--max_seq_len=32",
-        "--precision=fp32",
-        "--learning_rate=1e-3",
-    ]
+    values = ["--max_seq_len=32", "--precision=fp32", "--learning_rate=1e-3", "--global_batch_size=4"]
+    return [f"--model_id={tiny}", f"--dataset_path={prepared}", *values]

@@ -1,132 +1,83 @@
-"""Kills training runs of two ranks at random moments, resumes each time, and checks what is left: python killer.py OUT KILLS SEED FLAGS...
+"""Kills runs of two ranks at random moments and resumes each time: python killer.py OUT KILLS SEED FLAGS...
 
-Ranks are forked from this process, which has imported everything: a start costs a fraction of a second. Prints a JSON summary.
+Forks the ranks from this process, which has imported everything, so that a start takes a fraction of a
+second. Checks after each kill what is left, and prints a JSON summary.
 """
 
 import json
+import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from helpers.runs import import_all, outputs, wait_for
 
-import datasets  # noqa: E402, F401
-import torch  # noqa: E402, F401
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
-
-import trainer.trainer  # noqa: E402, F401
-from trainer import checkpoint  # noqa: E402
-
-RANKS = 2
+import train
+from trainer import checkpoint
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def run_rank(rank: int, port: int, flags: list[str]) -> None:
+    address = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), **address)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os._exit(train.main(flags))
 
 
-def start(argv: list[str], log: Path) -> list[int]:
-    """Forks the ranks of one run; their output goes to the log."""
-    port, processes = free_port(), []
-    for rank in range(RANKS):
-        process = os.fork()
-        if process:
-            processes.append(process)
-            continue
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(RANKS),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        import train
-
-        code = 1
-        try:
-            code = train.main(argv)
-        finally:
-            os._exit(code)
-    return processes
+def start(*flags: str) -> list:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port, fork = free.getsockname()[1], multiprocessing.get_context("fork").Process
+    ranks = [fork(target=run_rank, args=(rank, port, [*common, *flags])) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
-def ended(process: int) -> bool:
-    return os.waitpid(process, os.WNOHANG)[0] == process
-
-
-def kill(processes: list[int], draw: random.Random) -> None:
-    for index, process in enumerate(draw.sample(processes, len(processes))):
-        if index:
-            time.sleep(draw.choice([0, 0, 0.02]))
-        os.kill(process, signal.SIGKILL)
-    for process in processes:
-        os.waitpid(process, 0)
-
-
-def newest_step(save_dir: Path) -> int:
-    """The step that --resume_from=last would continue from, after a full check; 0: none."""
+def newest_step() -> int:
+    """The step from which --resume_from=last would continue, after a full check; 0: none."""
     for path in checkpoint.candidates(save_dir, "last"):
-        source = checkpoint.Checkpoint.open(
-            path
-        )  # the first one must be good: nothing here damages a finished checkpoint
+        source = checkpoint.Checkpoint.open(path)  # the first must be good: no kill damages a finished one
         source.verify()
         return source.state["step"]
     return 0
 
 
-def wait_for(condition, processes: list[int], log: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        for process in processes:
-            assert not ended(process), f"a rank ended by itself:\n{log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"no progress:\n{log.read_text()[-3000:]}"
-        time.sleep(0.0005)
+def kill_one_run(in_save: bool) -> bool:
+    """Returns whether the kill hit a save. in_save: it comes when a save is under way, or a little later."""
+    before = newest_step()
+    log.write_text("")
+    saves = ["--save_every_n_train_steps=1", "--keep_last_n_checkpoints=2"]
+    ranks = start(*saves, "--max_train_steps=1000000", f"--async_save={draw.choice(['on', 'off'])}")
+    begun = f"resumed from {save_dir.resolve()}" if before else "train_loss="
+    going_on = lambda: all(rank.is_alive() for rank in ranks)  # noqa: E731
+    wait_for(lambda: begun in log.read_text(), going_on, log)
+    if in_save:
+        wait_for(lambda: any(save_dir.glob(".saving-*")), going_on, log)
+    time.sleep(draw.uniform(0, 0.015 if in_save else 0.4))
+    link = save_dir / "last"
+    reached = checkpoint.step_of(link.readlink()) if link.is_symlink() else 0
+    for rank in draw.sample(ranks, 2):
+        rank.kill()
+        time.sleep(draw.choice([0, 0, 0.02]))
+    for rank in ranks:
+        rank.join()
+    hit, said, after = any(save_dir.glob(".saving-*")), log.read_text(), newest_step()
+    assert "WARNING" not in said.replace("OMP_NUM_THREADS", ""), said
+    assert not before or f"step {before}," in said, f"step {before} was whole, but:\n{said}"
+    assert after >= reached, f"step {reached} was whole before the kill, {after} after it"
+    return hit
 
 
-def main(out: Path, kills: int, seed: int, flags: list[str]) -> None:
-    draw, save_dir, during_save, log = random.Random(seed), out / "ckpt", 0, out / "log.txt"
-    flags = [*flags, f"--save_dir={save_dir}", f"--log_dir={out / 'log'}"]
-    for number in range(kills):
-        before = newest_step(save_dir)
-        log.write_text("")
-        asynchronous = draw.choice(["on", "off"])
-        saves = [
-            "--save_every_n_train_steps=1",
-            "--keep_last_n_checkpoints=2",
-            f"--async_save={asynchronous}",
-        ]
-        processes = start([*flags, *saves, "--max_train_steps=1000000", "--resume_from=last"], log)
-        begun = f"resumed from {save_dir.resolve()}" if before else "train_loss="
-        wait_for(lambda: begun in log.read_text(), processes, log)  # noqa: B023
-        if number % 4:  # three of four: as soon as a save is under way, and a little later
-            wait_for(lambda: any(save_dir.glob(".saving-*")), processes, log)
-            time.sleep(draw.uniform(0, 0.015))
-        else:
-            time.sleep(draw.uniform(0, 0.4))
-        reached = os.readlink(save_dir / "last") if (save_dir / "last").is_symlink() else "0000-0000"
-        kill(processes, draw)
-        during_save += any(save_dir.glob(".saving-*"))
-        text = log.read_text()
-        assert "WARNING" not in text.replace("OMP_NUM_THREADS", ""), text
-        if before:
-            assert f"step {before}," in text, f"step {before} was whole, but:\n{text}"
-        after = newest_step(save_dir)
-        assert after >= int(reached.split("-")[1]), (
-            f"step {reached} was whole before the kill, {after} after it"
-        )
-    last = newest_step(save_dir) + 3
-    for process in start([*flags, f"--max_train_steps={last}", "--resume_from=last"], log):
-        assert os.waitpid(process, 0)[1] == 0, log.read_text()[-3000:]
-    print(json.dumps({"kills": kills, "during_save": during_save, "seed": seed, "steps": last}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+import_all()
+out, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+save_dir, log, common = out / "ckpt", out / "log.txt", [*sys.argv[4:], *outputs(out), "--resume_from=last"]
+hits = sum(kill_one_run(in_save=number % 4 > 0) for number in range(kills))
+last = newest_step() + 3
+for process in start(f"--max_train_steps={last}"):
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+print(json.dumps({"kills": kills, "during_save": hits, "seed": sys.argv[3], "steps": last}))

@@ -1,61 +1,52 @@
-"""Peak host memory of one task above the interpreter with its imports: [torchrun] memory.py OUT setup|main FLAGS...
+"""Peak memory of one task above that of the imports: [torchrun] memory.py OUT setup|main FLAGS...
 
-Anonymous memory, sampled by a thread; clean pages of mapped files do not count. Each rank writes OUT.<rank>:
-{"peak_bytes", "state_bytes"}.
+Samples anonymous memory; clean pages of mapped files do not count. Each rank writes OUT.<rank>.
 """
 
 import json
 import os
+import re
 import sys
 import threading
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from helpers.runs import import_all
 
-import datasets  # noqa: E402, F401
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
-
-import llama3.data  # noqa: E402, F401
-import llama3.export  # noqa: E402, F401
-import llama3.model  # noqa: E402, F401
-import train  # noqa: E402
-import trainer.trainer  # noqa: E402, F401
-from trainer import parallel, setup  # noqa: E402
+import train
+from trainer import parallel, setup
 
 
-class Peak:
-    """The peak of this process's anonymous memory since `start`, in bytes."""
+def anonymous_bytes() -> int:
+    return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-    def __init__(self):
-        self.before = self.peak = self.now()
-        threading.Thread(target=self.watch, daemon=True).start()
 
-    @staticmethod
-    def now() -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in status if line.startswith("RssAnon:")).split()[1]) * 1024
+def watch():
+    """Samples from now on; returns what gives the peak above now, in bytes."""
+    samples = [anonymous_bytes()]
 
-    def watch(self) -> None:
-        while not threading.Event().wait(0.001):
-            self.peak = max(self.peak, self.now())
+    def sample():
+        while True:
+            samples.append(anonymous_bytes())
+            time.sleep(0.001)
 
-    def above_start(self) -> int:
-        return max(self.peak, self.now()) - self.before
+    threading.Thread(target=sample, daemon=True).start()
+    return lambda: max(*samples, anonymous_bytes()) - samples[0]
 
 
 out, task, flags = sys.argv[1], sys.argv[2], sys.argv[3:]
+import_all()
 if task == "setup":  # a run up to its first step: weights, optimizer, what is resumed
     job = train.build_trainer(train.parse_args(flags))
     with setup.process_group(job.device):
-        peak = Peak()
+        peak = watch()
         job.build()
         job.prepare_training()
-        measured = peak.above_start()
+        result = {"peak_bytes": peak()}
         tensors = [parallel.local(tensor) for tensor in job.saved_tensors().values()]
-        state = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        result["state_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 else:
-    peak = Peak()
+    peak = watch()
     assert train.main(flags) == 0
-    measured, state = peak.above_start(), 0
-result = {"peak_bytes": measured, "state_bytes": state}
+    result = {"peak_bytes": peak()}
 Path(f"{out}.{os.environ.get('RANK', 0)}").write_text(json.dumps(result))

@@ -1,58 +1,68 @@
-"""Starts train.py as a user would, reads its metrics, and makes a tiny model and text."""
+"""Starts train.py as a user would, reads and compares what it leaves, and makes a tiny model and text."""
 
+import importlib
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+HELPERS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # what the scripts beside this file need
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # four ranks fit two cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 WORDS = (
-    "the state of the union is strong and the people of these states are at peace with all nations while commerce and labor "
-    "prosper in every harbor and field under laws that the congress has made for the common good of this and later generations"
+    "the state of the union is strong and the people of these states are at peace with all nations while "
+    "commerce and labor prosper in every harbor and field under laws that the congress has made for the "
+    "common good of this and later generations"
 ).split()
+EXACT = ("epoch", "train_loss", "lr", "gnorm", "tokens")
 
 
 def environment(**extra: str) -> dict[str, str]:
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ranks and not name.startswith("TORCHELASTIC")
-    }
+    clean = {k: v for k, v in os.environ.items() if k not in ranks and not k.startswith("TORCHELASTIC")}
     return {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
-def python(*argv, timeout=300, check=True, **env) -> subprocess.CompletedProcess:
+def python(*argv, timeout=300, check=True, preexec_fn=None, **env) -> subprocess.CompletedProcess:
     """`python ARGV...` in the project's root, as a user would start it."""
     command = [sys.executable, *map(str, argv)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout
-    )
-    assert not check or done.returncode == 0, (
-        f"{command} exited with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    )
+    options = dict(cwd=ROOT, env=environment(**env), timeout=timeout, preexec_fn=preexec_fn)
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    said = f"{command} exited with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert not check or done.returncode == 0, said
     return done
 
 
 def torchrun(ranks: int, *argv, **options) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=RANKS ARGV...`, with a port of its own."""
-    return python(
-        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv, **options
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return python(*launcher, *argv, **options)
 
 
-def run_cases(folder: Path, ranks: int, cases: dict[str, list[str]]) -> dict[str, int]:
-    """Starts the ranks once and lets them call train.py's main for every case in turn; returns the exit codes."""
-    (folder / "cases.json").write_text(
-        json.dumps({name: list(map(str, argv)) for name, argv in cases.items()})
-    )
-    torchrun(ranks, ROOT / "tests" / "helpers" / "ranks.py", folder / "cases.json", folder / "codes.json")
-    return json.loads((folder / "codes.json").read_text())
+def run_cases(folder: Path, ranks: int, cases: dict[str, list[str]], **codes: int) -> None:
+    """Starts the ranks once; they call main for each case, which must return 0, or the code given here."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    torchrun(ranks, "tests/helpers/ranks.py", folder / "cases.json", folder / "codes.json", **HELPERS)
+    assert json.loads((folder / "codes.json").read_text()) == dict.fromkeys(cases, 0) | codes
+
+
+def wait_for(condition, going_on, output: Path, seconds: float = 90) -> None:
+    """Fails if the run ends before the condition holds, or takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert going_on() and time.monotonic() < deadline, output.read_text()[-3000:]
+        time.sleep(0.001)
+
+
+def outputs(run: Path) -> list[str]:
+    """The flags with which a run writes to `ckpt` and `log` in that folder."""
+    return [f"--save_dir={run / 'ckpt'}", f"--log_dir={run / 'log'}"]
 
 
 def rows(log_dir: Path, key: str) -> dict[int, dict]:
@@ -65,17 +75,48 @@ def rows(log_dir: Path, key: str) -> dict[int, dict]:
     return found
 
 
-def make_text(path: Path, documents: int, seed: int = 0) -> None:
-    """Documents of different lengths, one a line of a .jsonl."""
-    import random
+def column(run: Path, key: str) -> list:
+    return [row[key] for _, row in sorted(rows(run / "log", key).items())]
 
+
+def assert_same(run: Path, whole: Path, first_step: int = 1) -> None:
+    """From that step on both have the same metrics to the last bit, and both end with the same weights."""
+    import torch
+
+    from trainer.checkpoint import Checkpoint
+
+    one, other = (rows(folder / "log", "train_loss") for folder in (run, whole))
+    assert one and one.keys() == {step for step in other if step >= first_step}
+    assert all(row[key] == other[step][key] for step, row in one.items() for key in EXACT)
+    one, other = (dict(Checkpoint.open(folder / "ckpt" / "last").parameters()) for folder in (run, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def import_all() -> None:
+    """Imports what a run needs, so that it costs a fork no time, and a measurement no memory."""
+    modules = "llama3.data llama3.export llama3.model trainer.trainer datasets"
+    for module in [*modules.split(), "transformers.models.llama.modeling_llama"]:
+        importlib.import_module(module)
+
+
+def make_text(path: Path, documents: int, seed: int = 0) -> Path:
+    """Documents of different lengths, one a line of a .jsonl."""
     draw = random.Random(seed)
     texts = (" ".join(draw.choices(WORDS, k=draw.randint(5, 120))) for _ in range(documents))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def prepare(model: Path, text: Path, validation_fraction: float) -> Path:
+    """What train.py itself prepares from the text, beside it."""
+    source = [f"--model_id={model}", f"--dataset_id={text}", "--max_seq_len=32"]
+    split, folder = f"--validation_fraction={validation_fraction}", text.with_suffix(".prepared")
+    python("train.py", "--prepare_data", *source, split, f"--dataset_path={folder}")
+    return folder
 
 
 def make_model(folder: Path, **overrides) -> Path:
-    """A Llama of a few thousand parameters with weights and a tokenizer of its own, saved as a Hugging Face folder."""
+    """A Llama of a few thousand parameters with weights and a tokenizer, saved as a Hugging Face folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -83,19 +124,13 @@ def make_model(folder: Path, **overrides) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special, alphabet = ["<|endoftext|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
-    values = dict(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, rope_theta=10000.0, initializer_range=0.1, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
+    values = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+    values |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    values |= dict(initializer_range=0.1, bos_token_id=None, eos_token_id=1)
     torch.manual_seed(7)
     LlamaForCausalLM(LlamaConfig(**values | overrides)).save_pretrained(folder)
     return folder
