@@ -134,13 +134,12 @@ def test_a_damaged_checkpoint_is_refused_with_the_files_name(broken, fault):
 
 
 @pytest.mark.parametrize("fault", ["bit flipped inside", "manifest cut", "shard missing", "manifest missing"])
-def test_last_falls_back_to_the_newest_good_one_and_says_so(broken, flags, tmp_path, fault, capsys, caplog):
+def test_last_falls_back_to_the_newest_good_one_and_says_so(broken, flags, tmp_path, fault, caplog):
     _, newest, before = broken
     caplog.set_level("INFO")
     file, damage, _ = FAULTS[fault]
     damage(newest / file)
-    code = train.main([*flags, "--resume_from=last", "--max_train_steps=3", *outputs(tmp_path)])
-    assert code == 0, capsys.readouterr().err
+    assert train.main([*flags, "--resume_from=last", "--max_train_steps=3", *outputs(tmp_path)]) == 0
     assert f"resumed from {before}" in caplog.text and f"Falling back to {before}" in caplog.text
     assert sorted(rows(tmp_path / "log", "train_loss")) == [3]
 
@@ -202,12 +201,6 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(broken, flags, tmp_path):
     assert "could not be saved" in done.stderr and "File too large" in done.stderr
     Checkpoint.open(folder / "last").verify()
     assert (folder / "last").resolve() == newest and not list(folder.glob(".saving-*"))
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_training(flags, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert train.main([*flags, f"--save_dir={tmp_path / 'file' / 'ckpt'}"]) == 2
-    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_saving_in_the_background_gives_the_same_files(flags, tmp_path):

@@ -103,12 +103,9 @@ def test_losses_and_gradient_norms_match_a_plain_pytorch_loop(runs, reference, r
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-SAME = [("recomputed", "full"), ("one-layer", "full"), ("five-and-five", "constant")]
-
-
-@pytest.mark.parametrize("how, whole", SAME)
-def test_recomputing_or_a_stop_and_a_resume_in_the_same_folder_changes_no_bit(runs, how, whole):
-    assert_same(runs / f"2-{how}", runs / f"2-{whole}")
+@pytest.mark.parametrize("how", ["recomputed", "one-layer", "five-and-five"])
+def test_recomputing_or_a_stop_and_a_resume_in_the_same_folder_changes_no_bit(runs, how):
+    assert_same(runs / f"2-{how}", runs / ("2-constant" if how == "five-and-five" else "2-full"))
 
 
 @pytest.mark.slow

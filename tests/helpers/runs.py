@@ -81,15 +81,13 @@ def column(run: Path, key: str) -> list:
 
 def assert_same(run: Path, whole: Path, first_step: int = 1) -> None:
     """From that step on both have the same metrics to the last bit, and both end with the same weights."""
-    import torch
-
     from trainer.checkpoint import Checkpoint
 
     one, other = (rows(folder / "log", "train_loss") for folder in (run, whole))
     assert one and one.keys() == {step for step in other if step >= first_step}
     assert all(row[key] == other[step][key] for step, row in one.items() for key in EXACT)
     one, other = (dict(Checkpoint.open(folder / "ckpt" / "last").parameters()) for folder in (run, whole))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def import_all() -> None:
