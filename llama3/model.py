@@ -4,7 +4,6 @@ Shapes: B rows of T tokens, N query heads and K key-value heads of size H, hidde
 """
 
 import hashlib
-import math
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,21 +40,17 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
 
 @torch.compiler.disable  # the lengths of documents change from batch to batch
 def _attend_to_each_document(query, key, value, scaling, cu_seqlens):
-    B, N, T, _ = query.shape
-    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling)
+    B, N, T, H = query.shape
     groups = N // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bounds = sorted(set(cu_seqlens.tolist()))
-    if len(bounds) == B + 1:  # every row is one document
-        return attend(query, key, value).transpose(1, 2)  # (B, T, N, H)
-    rows = []
-    for row in range(B):
-        cuts = [bound - row * T for bound in bounds if row * T <= bound <= (row + 1) * T]
-        lengths = [stop - start for start, stop in pairwise(cuts)]
-        documents = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        rows.append(torch.cat([attend(*document) for document in documents], dim=2))  # (1, N, T, H)
-    return torch.cat(rows).transpose(1, 2)  # (B, T, N, H)
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist()) if start < stop]
+    # (B, N, T, H) -> the (t, N, H) of each document
+    documents = zip(
+        *(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (query, key, value)), strict=True
+    )
+    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling)
+    outputs = [attend(*(x.transpose(0, 1)[None] for x in document)) for document in documents]  # (1, N, t, H)
+    return torch.cat(outputs, dim=2).view(N, B, T, H).permute(1, 2, 0, 3)
 
 
 def _padded(cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -136,11 +131,11 @@ class Llama(nn.Module):
             return torch.ones(stop - start)
         if name.endswith("bias"):
             return torch.zeros(stop - start)
-        values = torch.empty(stop - start)
-        for index in range(start // RANDOM_BLOCK, math.ceil(stop / RANDOM_BLOCK)):
+        blocks = []
+        for index in range(start // RANDOM_BLOCK, stop // RANDOM_BLOCK + 1):
             digest = hashlib.sha256(f"{self.seed}/{name}/{index}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            block, offset = torch.randn(RANDOM_BLOCK, generator=generator), index * RANDOM_BLOCK
-            first, last = max(start, offset), min(stop, offset + RANDOM_BLOCK)
-            values[first - start : last - start] = block[first - offset : last - offset]
-        return values * self.model.config.initializer_range
+            block = torch.randn(RANDOM_BLOCK, generator=generator)
+            blocks.append(block * self.model.config.initializer_range)
+        skipped = start % RANDOM_BLOCK
+        return torch.cat(blocks)[skipped : skipped + stop - start]
