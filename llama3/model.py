@@ -24,9 +24,8 @@ RANDOM_BLOCK = 2**16  # fresh weights that one random generator draws
 def packed_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seqlens=None, **_):
     """Causal attention inside each document: query (B, N, T, H), key and value (B, K, T, H) -> (B, T, N, H).
 
-    `cu_seqlens` are the document boundaries over the B * T tokens, with every row's start. In half precision
-    on CUDA one kernel computes all documents. Elsewhere each is computed by itself, which on a CPU is faster
-    than a mask (benchmarks/attention.py).
+    `cu_seqlens` are the document boundaries over the B * T tokens, with every row's start.
+    One kernel computes all documents in half precision on CUDA. Elsewhere one by one is faster than a mask.
     """
     B, N, T, H = query.shape
     if not query.is_cuda or query.dtype == torch.float32:
@@ -41,8 +40,7 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
 @torch.compiler.disable  # the lengths of documents change from batch to batch
 def _attend_to_each_document(query, key, value, scaling, cu_seqlens):
     B, N, T, H = query.shape
-    groups = N // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
     lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist()) if start < stop]
     # (B, N, T, H) -> the (t, N, H) of each document
     documents = zip(
@@ -80,9 +78,7 @@ class Llama(nn.Module):
     layer_class = LlamaDecoderLayer
     for_tracing = "llama3.traced.TracedLlama"
 
-    def __init__(
-        self, model_id: str, from_scratch: bool = False, num_hidden_layers: int | None = None, seed: int = 0
-    ):
+    def __init__(self, model_id: str, from_scratch=False, num_hidden_layers: int | None = None, seed=0):
         super().__init__()
         self.model_id, self.from_scratch, self.seed = model_id, from_scratch, seed
         config = assets.load_config(model_id, num_hidden_layers)
@@ -99,9 +95,8 @@ class Llama(nn.Module):
     @property
     def sharded_alone(self) -> list[nn.Module]:
         """The large modules besides the layers that are sharded alone; tied ones stay with the root."""
-        if self.model.config.tie_word_embeddings:
-            return []
-        return [self.model.model.embed_tokens, self.model.lm_head]
+        tied = self.model.config.tie_word_embeddings
+        return [] if tied else [self.model.model.embed_tokens, self.model.lm_head]
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the loss summed over a Collator's batch, the same detached, and the number of targets."""
@@ -124,8 +119,8 @@ class Llama(nn.Module):
     def initial_values(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements [start, stop) of a fresh parameter, flattened, in fp32.
 
-        They depend on the seed and the name only: ones for norms, zeros for biases, otherwise normal with
-        `initializer_range`. Each block has its own generator, so a shard draws little more than it holds.
+        They depend on the seed and the name only: ones for norms, zeros for biases, otherwise normal.
+        Each block has its own generator, so that a shard draws little more than it holds.
         """
         if name.endswith("norm.weight"):
             return torch.ones(stop - start)
@@ -135,7 +130,8 @@ class Llama(nn.Module):
         for index in range(start // RANDOM_BLOCK, stop // RANDOM_BLOCK + 1):
             digest = hashlib.sha256(f"{self.seed}/{name}/{index}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            block = torch.randn(RANDOM_BLOCK, generator=generator)
-            blocks.append(block * self.model.config.initializer_range)
+            blocks.append(
+                torch.randn(RANDOM_BLOCK, generator=generator).mul_(self.model.config.initializer_range)
+            )
         skipped = start % RANDOM_BLOCK
         return torch.cat(blocks)[skipped : skipped + stop - start]
