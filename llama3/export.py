@@ -6,92 +6,67 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import safe_open
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
 from llama3.assets import DOCUMENT_SEPARATORS
 
-DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 EXPORT_MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the weights
 
 
 def export_hf(
-    folder: Path,
-    config: dict,
-    tokenizer: PreTrainedTokenizerBase,
-    shapes: dict[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    dtype: str,
-    writer: Callable,
-) -> Path:
+    folder: Path, config: dict, tokenizer, shapes: dict, tensors: Iterable, dtype: str, writer: Callable
+) -> None:
     """Write config, weights, tokenizer and generation config to `folder`, which appears when it is whole.
 
-    `writer(path, {name: (dtype, shape)}, metadata)` writes a safetensors file one tensor at a time, so that
-    memory holds no more than one. An earlier export in `folder` is replaced.
-    Raises ValueError if `folder` holds anything else.
+    `shapes` are {name: shape}, `tensors` pairs (name, tensor). `writer(path, {name: (dtype, shape)}, mark)`
+    writes a safetensors file one tensor at a time, so that memory holds no more than one.
+    An export replaces an earlier one; raises ValueError if `folder` holds anything else.
     """
-    if folder.exists() and any(folder.iterdir()) and not _is_export(folder):
-        raise ValueError(
-            f"{folder} holds something other than an exported model: choose another --output_path"
-        )
+    weights = folder / "model.safetensors"
+    mark = safe_open(weights, "pt").metadata() if weights.is_file() else None
+    if folder.exists() and any(folder.iterdir()) and not EXPORT_MARK.items() <= (mark or {}).items():
+        raise ValueError(f"{folder} holds something other than an exported model: give another --output_path")
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        specs = {name: (DTYPES[dtype], shape) for name, shape in shapes.items()}
+        torch_dtype = getattr(torch, DTYPES[dtype])
+        specs = {name: (torch_dtype, shape) for name, shape in shapes.items()}
         with writer(temporary / "model.safetensors", specs, EXPORT_MARK) as file:
             for name, tensor in tensors:
-                file.add(name, tensor.to(DTYPES[dtype]))
+                file.add(name, tensor.to(torch_dtype))
             file.finish()
-        hf_config = LlamaConfig.from_dict(config)
-        hf_config.architectures, hf_config.use_cache = ["LlamaForCausalLM"], True
-        setattr(hf_config, DTYPE, DTYPES[dtype])
-        hf_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        _generation_config(hf_config, tokenizer).save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
+        saved = {"architectures": ["LlamaForCausalLM"], "use_cache": True}
+        # transformers 5 reads `dtype`, and transformers 4 `torch_dtype`.
+        saved |= {"dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]}
+        hf_config = LlamaConfig.from_dict(config | saved)
+        for part in (hf_config, tokenizer, _generation_config(hf_config, tokenizer)):
+            part.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def _is_export(folder: Path) -> bool:
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        return False
-    with safe_open(weights, framework="pt") as file:
-        return EXPORT_MARK.items() <= (file.metadata() or {}).items()
-
-
-def _generation_config(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
     """Generation stops at the end of a turn and of a document: at every such token that the tokenizer has."""
-    stops = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, eos = tokenizer.get_vocab(), config.eos_token_id
     names = (*DOCUMENT_SEPARATORS, "<|eot_id|>", "<|im_end|>")
-    stops += [vocabulary[name] for name in names if name in vocabulary]
-    pad = tokenizer.pad_token_id
-    if pad is None and stops:
-        pad = stops[0]
-    eos = sorted(set(stops)) or None
-    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=eos, pad_token_id=pad)
+    stops = [vocabulary[name] for name in names if name in vocabulary]
+    stops = sorted({*stops, *(eos if isinstance(eos, list) else [eos])} - {None})
+    pad = (stops or [None])[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stops or None, pad_token_id=pad)
 
 
-def generate_text(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, seed: int, dtype: str
-) -> str:
-    """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9.
-
-    Raises ValueError if the prompt has no token or if weights are missing.
-    """
+def generate_text(folder: Path, tokenizer, prompt: str, max_new_tokens: int, seed: int, dtype: str) -> str:
+    """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9."""
     ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).input_ids  # (1, T)
     if not ids.shape[1]:
         raise ValueError("--generate needs a prompt of at least one token")
     # A .bin file would be a pickle, so only safetensors are read.
-    options = {DTYPE: DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    options = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
     model, loading = LlamaForCausalLM.from_pretrained(folder, **options)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"the weights lack {', '.join(missing[:3])}: they were saved from another model")

@@ -48,8 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the cross entropy, summed over the positions whose label is not -100, in nats and fp32.
 
-    hidden (..., D) and weight (V, D) have one dtype. labels (...) are already shifted: labels[t] is the token
-    that position t predicts.
+    hidden (..., D) and weight (V, D) have one dtype; labels (...) are shifted: position t predicts labels[t].
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     valid = labels != IGNORED

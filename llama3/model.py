@@ -4,7 +4,6 @@ Shapes: B rows of T tokens, N query heads and K key-value heads of size H, hidde
 """
 
 import hashlib
-import math
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +24,8 @@ RANDOM_BLOCK = 2**16  # fresh weights that one random generator draws
 def packed_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seqlens=None, **_):
     """Causal attention inside each document: query (B, N, T, H), key and value (B, K, T, H) -> (B, T, N, H).
 
-    `cu_seqlens` are the document boundaries over the B * T tokens, with every row's start. In half precision
-    on CUDA one kernel computes all documents. Elsewhere each is computed by itself, which on a CPU is faster
-    than a mask (benchmarks/attention.py).
+    `cu_seqlens` are the document boundaries over the B * T tokens, with every row's start.
+    One kernel computes all documents in half precision on CUDA. Elsewhere one by one is faster than a mask.
     """
     B, N, T, H = query.shape
     if not query.is_cuda or query.dtype == torch.float32:
@@ -41,21 +39,16 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
 
 @torch.compiler.disable  # the lengths of documents change from batch to batch
 def _attend_to_each_document(query, key, value, scaling, cu_seqlens):
-    B, N, T, _ = query.shape
+    B, N, T, H = query.shape
+    key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist()) if start < stop]
+    # (B, N, T, H) -> the (t, N, H) of each document
+    documents = zip(
+        *(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (query, key, value)), strict=True
+    )
     attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling)
-    groups = N // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bounds = sorted(set(cu_seqlens.tolist()))
-    if len(bounds) == B + 1:  # every row is one document
-        return attend(query, key, value).transpose(1, 2)  # (B, T, N, H)
-    rows = []
-    for row in range(B):
-        cuts = [bound - row * T for bound in bounds if row * T <= bound <= (row + 1) * T]
-        lengths = [stop - start for start, stop in pairwise(cuts)]
-        documents = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        rows.append(torch.cat([attend(*document) for document in documents], dim=2))  # (1, N, T, H)
-    return torch.cat(rows).transpose(1, 2)  # (B, T, N, H)
+    outputs = [attend(*(x.transpose(0, 1)[None] for x in document)) for document in documents]  # (1, N, t, H)
+    return torch.cat(outputs, dim=2).view(N, B, T, H).permute(1, 2, 0, 3)
 
 
 def _padded(cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -85,9 +78,7 @@ class Llama(nn.Module):
     layer_class = LlamaDecoderLayer
     for_tracing = "llama3.traced.TracedLlama"
 
-    def __init__(
-        self, model_id: str, from_scratch: bool = False, num_hidden_layers: int | None = None, seed: int = 0
-    ):
+    def __init__(self, model_id: str, from_scratch=False, num_hidden_layers: int | None = None, seed=0):
         super().__init__()
         self.model_id, self.from_scratch, self.seed = model_id, from_scratch, seed
         config = assets.load_config(model_id, num_hidden_layers)
@@ -104,9 +95,8 @@ class Llama(nn.Module):
     @property
     def sharded_alone(self) -> list[nn.Module]:
         """The large modules besides the layers that are sharded alone; tied ones stay with the root."""
-        if self.model.config.tie_word_embeddings:
-            return []
-        return [self.model.model.embed_tokens, self.model.lm_head]
+        tied = self.model.config.tie_word_embeddings
+        return [] if tied else [self.model.model.embed_tokens, self.model.lm_head]
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the loss summed over a Collator's batch, the same detached, and the number of targets."""
@@ -129,18 +119,19 @@ class Llama(nn.Module):
     def initial_values(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements [start, stop) of a fresh parameter, flattened, in fp32.
 
-        They depend on the seed and the name only: ones for norms, zeros for biases, otherwise normal with
-        `initializer_range`. Each block has its own generator, so a shard draws little more than it holds.
+        They depend on the seed and the name only: ones for norms, zeros for biases, otherwise normal.
+        Each block has its own generator, so that a shard draws little more than it holds.
         """
         if name.endswith("norm.weight"):
             return torch.ones(stop - start)
         if name.endswith("bias"):
             return torch.zeros(stop - start)
-        values = torch.empty(stop - start)
-        for index in range(start // RANDOM_BLOCK, math.ceil(stop / RANDOM_BLOCK)):
+        blocks = []
+        for index in range(start // RANDOM_BLOCK, stop // RANDOM_BLOCK + 1):
             digest = hashlib.sha256(f"{self.seed}/{name}/{index}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            block, offset = torch.randn(RANDOM_BLOCK, generator=generator), index * RANDOM_BLOCK
-            first, last = max(start, offset), min(stop, offset + RANDOM_BLOCK)
-            values[first - start : last - start] = block[first - offset : last - offset]
-        return values * self.model.config.initializer_range
+            blocks.append(
+                torch.randn(RANDOM_BLOCK, generator=generator).mul_(self.model.config.initializer_range)
+            )
+        skipped = start % RANDOM_BLOCK
+        return torch.cat(blocks)[skipped : skipped + stop - start]

@@ -1,4 +1,4 @@
-"""Names the sizes: model configurations that need no hub, and the flag defaults of --mini and --demo."""
+"""Names the sizes: the model configuration that needs no hub, and the flag defaults of --mini and --demo."""
 
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMOLLM2 = "smollm2-135m"
@@ -15,24 +15,8 @@ CONFIGS = {
         rope_theta=500000.0,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
         bos_token_id=128000,
         eos_token_id=128009,
-    ),
-    SMOLLM2: dict(
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        vocab_size=49152,
-        rope_theta=100000.0,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
     ),
 }
 
@@ -44,7 +28,6 @@ DEMO = dict(
     max_seq_len=512,
     validation_fraction=0.02,
     max_val_samples=48,
-    precision="bf16",
     micro_batch_size=2,
     global_batch_size=8,
     learning_rate=2e-4,
