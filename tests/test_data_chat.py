@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import CHATML, facts, prepare_records, real_tokenizer, samples, small_tokenizer
+from helpers.corpora import CHATML, prepare_records, real_tokenizer, samples, small_tokenizer
 
 from llama3.data import prepare
 from llama3.encode import EncodeError, Encoder
@@ -124,7 +124,7 @@ def test_conversations_from_jsonl_and_parquet_are_the_same_samples(tmp_path):
     found = samples(tmp_path / "messages")
     assert found == samples(tmp_path / "parquet") == samples(tmp_path / "prompts")
     learned = sum(sum(row["loss_mask"]) for row in found[0])
-    assert 0 < learned == facts(tmp_path / "messages")["target_tokens"]["train"] < 64 * len(found[0])
+    assert 0 < learned < 64 * len(found[0])
 
 
 def test_text_among_conversations_is_learned_whole(tmp_path):
