@@ -23,7 +23,7 @@ from llama3.loss import IGNORED
 
 FORMAT = 2  # of the prepared folder; raised whenever the same input would give other samples
 FILE_BYTES = 500 << 20  # of a saved split's files, about
-SAMPLE = pa.schema({**shards.COLUMNS, "document_starts": pa.list_(pa.int32())})
+SAMPLE = pa.schema(shards.LISTS)
 
 
 class DataError(ValueError):
@@ -47,18 +47,10 @@ def prepare(
     continues. Raises DataError, EncodeError and AssetError.
     """
     target = Path(dataset_path).resolve()
-    if target.is_mount():
-        raise DataError(f"--dataset_path={dataset_path} is a mount point: name a folder inside it")
     files = sources.find_files(dataset_id)
-    settings = dict(
-        format=FORMAT,
-        source=sources.identity(files) if files else dataset_id,
-        tokenizer=_fingerprint(tokenizer),
-        max_seq_len=max_seq_len,
-        validation_fraction=validation_fraction,
-        seed=seed,
-        text_column=text_column,
-    )
+    source = sources.identity(files) if files else dataset_id
+    settings = dict(format=FORMAT, source=source, tokenizer=_fingerprint(tokenizer), text_column=text_column)
+    settings |= dict(max_seq_len=max_seq_len, validation_fraction=validation_fraction, seed=seed)
     work = target.with_name(target.name + ".preparing")
     if not work.exists() and _already_prepared(target, settings):
         return target
@@ -126,32 +118,26 @@ class Collator:
         assert len(rows) <= B, f"{len(rows)} rows for a micro-batch of {B}"
         input_ids = np.zeros((B, T), dtype=np.int64)
         target = np.zeros((B, T), dtype=bool)  # may token t be predicted?
-        starts = np.zeros((B, T), dtype=bool)
-        starts[:, 0] = True
+        starts = np.zeros((B, T), dtype=bool)  # does a document begin with token t?
         for b, row in enumerate(rows):
             input_ids[b] = row["input_ids"]
             target[b] = row["loss_mask"]
-            starts[b, row["document_starts"]] = True
+            starts[b] = row["document_starts"]
+        starts[:, 0] = True
         labels = np.full((B, T), IGNORED, dtype=np.int64)
         labels[:, :-1] = np.where((target & ~starts)[:, 1:], input_ids[:, 1:], IGNORED)
         bounds = np.flatnonzero(starts)  # row starts included
         cu_seqlens = np.append(bounds, B * T)
         position_ids = np.arange(B * T) - np.repeat(bounds, np.diff(cu_seqlens))
-        return dict(
-            input_ids=torch.from_numpy(input_ids),
-            labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(position_ids.reshape(B, T)),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            num_tokens=len(rows) * T,
-        )
-
-
-# ---- from tokenized documents to samples
+        batch = dict(input_ids=input_ids, labels=labels, position_ids=position_ids.reshape(B, T))
+        batch["cu_seqlens"] = cu_seqlens.astype(np.int32)
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return dict(tensors, num_tokens=len(rows) * T)
 
 
 def _save(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip_bad_samples: bool) -> None:
     """Splits and packs the documents, and saves both splits and preparation.json in `folder`/result."""
-    T, result = settings["max_seq_len"], folder / "result"
+    T = settings["max_seq_len"]
     documents = pa.Table.from_batches(shards.read(*paths))
     problems = documents["problem"].drop_null()
     if len(problems) and not skip_bad_samples:
@@ -166,31 +152,28 @@ def _save(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip
         fix = "give more text or a smaller --max_seq_len"
         raise DataError(f"{found}, fewer than one sample of --max_seq_len={T}: {fix}")
     bound = _held_out_below(keys, filled, T, settings["validation_fraction"])
-    splits, counts = DatasetDict(), {}
+    sizes = np.bincount(np.frexp(filled)[1]).tolist()  # powers of two
+    known = dict(settings=settings, dataset_id=dataset_id, datasets=datasets.__version__)
+    known |= dict(bad_samples=len(problems), empty_samples=int((lengths == 0).sum()) - len(problems))
+    known["documents_by_length"] = {
+        f"{2**n // 2}-{2**n - 1}": count for n, count in enumerate(sizes) if count
+    }
+    known |= dict(max_token_id=0, documents={}, samples={}, tokens={}, dropped_tokens={})
+    splits = DatasetDict()
     for split, chosen in (("train", keys >= bound), ("validation", keys < bound)):
         path = folder / f"{split}.arrow"
-        shards.write(path, SAMPLE, _pack(paths, T, bound, split))
+        samples = pa.Table.from_batches(shards.write(path, SAMPLE, _pack(paths, T, bound, split)), SAMPLE)
         splits[split] = Dataset.from_file(str(path))
-        samples, dropped = divmod(int(filled[chosen].sum()), T)
-        counts[split] = dict(documents=int(chosen.sum()), samples=samples, tokens=samples * T)
-        counts[split]["dropped_tokens"] = dropped
-    shutil.rmtree(result, ignore_errors=True)
+        known["documents"][split] = int(chosen.sum())
+        known["samples"][split] = len(samples)
+        known["tokens"][split] = len(samples) * T
+        known["dropped_tokens"][split] = int(filled[chosen].sum()) - len(samples) * T
+        largest = pc.max(pc.list_flatten(samples["input_ids"])).as_py() or 0
+        known["max_token_id"] = max(known["max_token_id"], largest)
+    shutil.rmtree(folder / "result", ignore_errors=True)
     files = {split: 1 + rows.data.nbytes // FILE_BYTES for split, rows in splits.items()}
-    splits.save_to_disk(str(result), num_shards=files)
-    sizes = np.bincount(np.frexp(filled)[1]).tolist()  # powers of two
-    preparation = dict(
-        settings=settings,
-        dataset_id=dataset_id,
-        datasets=datasets.__version__,
-        **{name: {split: counts[split][name] for split in counts} for name in counts["train"]},
-        empty_samples=int((lengths == 0).sum()) - len(problems),
-        bad_samples=len(problems),
-        documents_by_length={f"{2**n // 2}-{2**n - 1}": count for n, count in enumerate(sizes) if count},
-        max_token_id=max(
-            pc.max(pc.list_flatten(rows.data["input_ids"])).as_py() or 0 for rows in splits.values()
-        ),
-    )
-    (result / "preparation.json").write_text(json.dumps(preparation, indent=2) + "\n")
+    splits.save_to_disk(str(folder / "result"), num_shards=files)
+    (folder / "result" / "preparation.json").write_text(json.dumps(known, indent=2) + "\n")
 
 
 def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: float) -> int:
@@ -211,28 +194,18 @@ def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: flo
 
 def _pack(paths: list[Path], T: int, bound: int, split: str) -> Iterator[pa.RecordBatch]:
     """A split's documents end to end, cut every T tokens; what does not fill a sample is dropped."""
-    ids, mask, starts = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int64)
+    left = {name: np.empty(0, kind.value_type.to_pandas_dtype()) for name, kind in shards.LISTS.items()}
     for batch in (batch for path in paths for batch in shards.read(path)):
-        lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
         chosen = (batch["key"].to_numpy() < bound) == (split == "validation")
-        tokens = np.repeat(chosen, lengths)
-        lengths = lengths[chosen & (lengths > 0)]
-        starts = np.concatenate([starts, len(ids) + np.cumsum(lengths) - lengths])
-        ids = np.concatenate([ids, batch["input_ids"].flatten().to_numpy()[tokens]])
-        mask = np.concatenate([mask, batch["loss_mask"].flatten().to_numpy(zero_copy_only=False)[tokens]])
-        whole = len(ids) // T * T
-        cuts = np.arange(0, whole + 1, T)
-        begins = np.union1d(starts[starts < whole], cuts[:-1])  # a sample begins a piece of a document
-        lists = [(cuts, ids[:whole]), (cuts, mask[:whole]), (np.searchsorted(begins, cuts), begins % T)]
-        columns = [
-            pa.ListArray.from_arrays(bounds.astype(np.int32), values)
-            for (bounds, values), kind in zip(lists, SAMPLE.types, strict=True)
-        ]
-        yield pa.record_batch(columns, schema=SAMPLE)
-        ids, mask, starts = ids[whole:], mask[whole:], starts[starts >= whole] - whole
-
-
-# ---- the prepared folder
+        tokens = np.repeat(chosen, pc.list_value_length(batch["input_ids"]).to_numpy())
+        for name, values in left.items():
+            new = batch[name].flatten().to_numpy(zero_copy_only=False)[tokens]
+            left[name] = np.concatenate([values, new])
+        whole = len(left["input_ids"]) // T * T
+        cuts = np.arange(0, whole + 1, T, dtype=np.int32)
+        lists = [pa.ListArray.from_arrays(cuts, values[:whole]) for values in left.values()]
+        yield pa.record_batch(lists, schema=SAMPLE)
+        left = {name: values[whole:] for name, values in left.items()}
 
 
 def _already_prepared(target: Path, settings: dict) -> bool:
@@ -273,13 +246,11 @@ def summary(path: Path, tokenizer) -> str:
     lines.append(
         f"  left out: {known['empty_samples']:,} empty samples, {known['bad_samples']:,} bad samples"
     )
-    lines.append("  documents by length in tokens:")
-    most = max(known["documents_by_length"].values())
-    for name, count in known["documents_by_length"].items():
-        lines.append(f"    {name:>17} {count:>12,} {'#' * max(1, round(40 * count / most))}")
+    sizes = ", ".join(f"{count:,} of {name}" for name, count in known["documents_by_length"].items())
+    lines.append(f"  documents by length in tokens: {sizes}")
     for row in datasets.load_from_disk(str(path / "train")).take(100):
-        learned = np.array(row["loss_mask"])
-        learned[row["document_starts"]] = False  # the first token of a document is no target
+        learned = np.array(row["loss_mask"]) & ~np.array(row["document_starts"])
+        learned[0] = False  # it is no target, as nothing precedes it
         if learned.any():
             break
     begin = max(0, int(learned.argmax()) - 40)  # somewhat before what is learned

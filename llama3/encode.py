@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -20,15 +19,6 @@ Segment = tuple[str | int, bool]
 
 class EncodeError(ValueError):
     """A tokenizer that does not fit the text; the message says what to do."""
-
-
-class Encoded(NamedTuple):
-    """Documents end to end, and the places and problems of those that cannot be used."""
-
-    ids: np.ndarray  # (tokens,) int32
-    mask: np.ndarray  # (tokens,) bool, True where a token is learned
-    lengths: np.ndarray  # (documents,) int64, 0 for an empty one
-    problems: list[str]
 
 
 class Encoder:
@@ -55,13 +45,15 @@ class Encoder:
         self.shown = {ord(hidden): name for name, hidden in self.hidden.items()}
         self.chat_checked = False
 
-    def encode(self, documents: Iterable[Document]) -> Encoded:
-        """Raises EncodeError where tokenizer and text do not go together."""
+    def encode(self, documents: Iterable[Document]) -> tuple:
+        """Token ids, mask and lengths of the documents end to end, and the problems of those not usable.
+
+        ids: (tokens,) int32. mask: (tokens,) bool, True where it is learned. lengths: (documents,) int64.
+        Raises EncodeError where tokenizer and text do not go together.
+        """
         segments, problems = [], []
         for document in documents:
             try:
-                if document.problem:
-                    raise BadSample(document.problem)
                 segments.append(self._segments(document))
             except BadSample as error:
                 problems.append(f"{document.where}: {error}")
@@ -69,9 +61,11 @@ class Encoder:
         if self.join_tokens and len(ids):
             ids, lengths = self._joined(ids, lengths)
             mask = np.ones(len(ids), bool)
-        return Encoded(ids, mask, lengths, problems)
+        return ids, mask, lengths, problems
 
     def _segments(self, document: Document) -> list[Segment]:
+        if document.problem:
+            raise BadSample(document.problem)
         if document.messages:
             return self.conversation(json.loads(document.messages))
         if not document.text:
@@ -81,7 +75,6 @@ class Encoder:
         return [(part, True) for part in (*self.prefix, document.text, self.separator)]
 
     def _encode(self, documents: list[list[Segment]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, mask and lengths of documents, as in Encoded."""
         segments = list(chain.from_iterable(documents))
         self.backend.encode_special_tokens = True  # they stay text; transformers resets this
         texts = [content for content, _ in segments if isinstance(content, str)]
@@ -106,8 +99,6 @@ class Encoder:
         documents = [np.concatenate([self.prefix, text, [self.separator]]) for text in texts]
         joined = np.concatenate(documents).astype(np.int32)
         return joined, np.array([*map(len, documents), *lengths[lengths == 0]], np.int64)
-
-    # ---- conversations
 
     def conversation(self, messages: list[dict]) -> list[Segment]:
         """A conversation in the tokenizer's chat template; of it, assistant turns are learned.

@@ -21,15 +21,15 @@ from llama3.sources import Document
 BLOCK_BYTES = 1 << 20  # of text that is tokenized at once
 MAX_SHARDS = 1024  # a kill loses one shard per process
 BLOCK = pa.schema({name: pa.string() for name in Document._fields})
-# A row is a document, or the problem of one that cannot be used. The key decides the split.
-COLUMNS = {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_())}
-SHARD = pa.schema({**COLUMNS, "key": pa.int64(), "problem": pa.string()})
+# A row is a document, with values for each token, or the problem of one. The key decides the split.
+FLAGS = pa.list_(pa.bool_())
+LISTS = {"input_ids": pa.list_(pa.int32()), "loss_mask": FLAGS, "document_starts": FLAGS}
+SHARD = pa.schema({**LISTS, "key": pa.int64(), "problem": pa.string()})
 
 
 def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder: Path, num_proc: int):
     """Writes the shards that are missing, and returns the paths of all in order. Raises ValueError."""
-    block_bytes = max(BLOCK_BYTES, 16 * encoder.join_tokens)
-    blocks = write(folder / "blocks.arrow", BLOCK, _blocks(documents, block_bytes))
+    blocks = write(folder / "blocks.arrow", BLOCK, _blocks(documents))
     count = min(MAX_SHARDS, len(blocks))
     paths = [folder / f"shard-{number:04}.arrow" for number in range(count)]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
@@ -65,17 +65,15 @@ def read(*paths: Path) -> list[pa.RecordBatch]:
     return [batch for path in paths for batch in pa.ipc.open_stream(pa.memory_map(str(path)))]
 
 
-def _blocks(documents: Iterator[Document], block_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Blocks of documents; the last one takes what does not fill a block."""
-    full, block, size = [], [], 0
+def _blocks(documents: Iterator[Document]) -> Iterator[pa.RecordBatch]:
+    block, size = [], 0
     for document in tqdm(documents, "reading", unit=" documents"):
         block.append(document._asdict())
         size += len(document.text or document.messages or "") + len(document.where)
-        if size >= block_bytes:
-            if full:
-                yield pa.RecordBatch.from_pylist(full, BLOCK)
-            full, block, size = block, [], 0
-    yield pa.RecordBatch.from_pylist(full + block, BLOCK)
+        if size >= BLOCK_BYTES:
+            yield pa.RecordBatch.from_pylist(block, BLOCK)
+            block, size = [], 0
+    yield pa.RecordBatch.from_pylist(block, BLOCK)
 
 
 def _begin_worker(parent: int, *work) -> None:
@@ -101,8 +99,9 @@ def _tokenized(block: pa.RecordBatch, encoder: Encoder, seed: int) -> pa.RecordB
     documents = (Document(**record) for record in block.to_pylist())
     ids, mask, lengths, problems = encoder.encode(documents)
     ends = np.cumsum([0, *lengths, *(0 for _ in problems)], dtype=np.int32)
+    starts = np.isin(np.arange(len(ids)), ends)
     texts = (ids[begin:end] for begin, end in pairwise(ends))
     keys = [xxhash.xxh64_intdigest(text, seed % 2**64) >> 1 for text in texts]
-    columns = [pa.ListArray.from_arrays(ends, values) for values in (ids, mask)]
+    columns = [pa.ListArray.from_arrays(ends, values) for values in (ids, mask, starts)]
     columns += [pa.array(keys, pa.int64()), pa.array([None] * len(lengths) + problems, pa.string())]
     return pa.record_batch(columns, schema=SHARD)

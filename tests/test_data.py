@@ -72,11 +72,11 @@ def test_every_document_is_there_whole_and_once_but_for_the_last_remainder(tmp_p
     assert total == sum(map(len, known)) and sum(said["documents_by_length"].values()) == len(known)
 
 
-def test_a_row_is_full_and_begins_a_piece(prepared):
-    for row in samples(prepared)[0]:
-        starts = row["document_starts"]
-        assert len(row["input_ids"]) == T and starts[0] == 0 and starts == sorted(set(starts))
-        assert all(row["input_ids"][start - 1] == 0 for start in starts[1:]), "begins where no other ended"
+def test_a_row_is_full_and_a_document_begins_where_another_ended(prepared):
+    tokens = np.concatenate([row["input_ids"] for row in samples(prepared)[0]])
+    starts = np.concatenate([row["document_starts"] for row in samples(prepared)[0]])
+    assert all(len(row["input_ids"]) == T for row in samples(prepared)[0])
+    assert starts[0] and starts[1:].tolist() == (tokens[:-1] == 0).tolist()
 
 
 def test_the_same_texts_give_the_same_samples_from_every_kind_of_file_and_a_mix(tmp_path, tokenizer):
@@ -291,7 +291,7 @@ def test_a_document_has_the_tokenizers_beginning_and_separator_and_injects_no_co
     tokenizer = real_tokenizer(name)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     text = "My fellow citizens" + " b".join(control) + "<|im_start|>system\n<|eot_id|>"
-    ids = Encoder(tokenizer).encode([Document("here", text)]).ids.tolist()
+    ids = Encoder(tokenizer).encode([Document("here", text)])[0].tolist()
     middle = ids[len(beginning) : -1]
     assert ids == beginning + middle + [end] and tokenizer.decode(middle) == text
     assert middle == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -300,8 +300,9 @@ def test_a_document_has_the_tokenizers_beginning_and_separator_and_injects_no_co
 
 def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
     sentences = make_texts(500, most=12)
-    encoded = Encoder(tokenizer, join_tokens=T).encode([Document("here", text) for text in sentences])
-    found = [ids.tolist() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
+    documents = [Document("here", text) for text in sentences]
+    tokens, _, lengths, _ = Encoder(tokenizer, join_tokens=T).encode(documents)
+    found = [ids.tolist() for ids in np.split(tokens, np.cumsum(lengths)[:-1])]
     assert len(found) > 20 and all(T < len(ids) < 3 * T for ids in found)
     assert all(ids.count(0) == 1 and ids[-1] == 0 for ids in found)
     assert tokenizer.decode(sum((ids[:-1] for ids in found), [])) == "".join(s + "\n" for s in sentences)
@@ -342,10 +343,10 @@ def test_a_damaged_folder_is_refused_with_the_fix(prepared, tmp_path):
 def slow_batch(batch_rows, B):
     """What the collator promises, a token at a time."""
     ids, labels, positions, bounds = [], [], [], [0]
-    missing = dict(input_ids=[0] * T, document_starts=[0], loss_mask=[0] * T)
+    missing = dict(input_ids=[0] * T, document_starts=[False] * T, loss_mask=[False] * T)
     for row in batch_rows + [missing] * (B - len(batch_rows)):
-        tokens, starts = list(row["input_ids"]), [*row["document_starts"], T]
-        mask = row.get("loss_mask", [1] * T)
+        tokens, mask = list(row["input_ids"]), row["loss_mask"]
+        starts = [t for t in range(T) if t == 0 or row["document_starts"][t]] + [T]
         labels.append([-100 if t + 1 in starts or not mask[t + 1] else tokens[t + 1] for t in range(T)])
         positions.append([t - max(start for start in starts if start <= t) for t in range(T)])
         bounds += [len(ids) * T + start for start in starts[1:]]
@@ -359,7 +360,7 @@ def test_a_batch_is_what_it_promises_whatever_rows_are_missing(prepared, count, 
     draw = np.random.default_rng(0)
     given = [dict(row) for row in open_split(prepared, "train", T, 320).select(range(count))]
     for row in given if masked else []:
-        row["loss_mask"] = draw.integers(0, 2, T)
+        row["loss_mask"] = draw.integers(0, 2, T, dtype=bool)
     batch = Collator(T, 4)(given)
     names = ("input_ids", "labels", "position_ids", "cu_seqlens")
     assert tuple(batch[name].tolist() for name in names) == slow_batch(given, 4)
@@ -368,8 +369,8 @@ def test_a_batch_is_what_it_promises_whatever_rows_are_missing(prepared, count, 
 
 
 def test_end_of_text_is_a_target_and_a_documents_first_token_is_not(prepared):
-    row = next(row for row in open_split(prepared, "train", T, 320) if len(row["document_starts"]) > 1)
-    labels, start = Collator(T, 1)([row])["labels"][0], row["document_starts"][1]
+    row = next(row for row in open_split(prepared, "train", T, 320) if row["document_starts"][2:-1].any())
+    labels, start = Collator(T, 1)([row])["labels"][0], 2 + int(row["document_starts"][2:].argmax())
     assert labels[start - 2] == 0 and labels[start - 1] == -100
     assert labels[start] == row["input_ids"][start + 1]
 
@@ -377,9 +378,9 @@ def test_end_of_text_is_a_target_and_a_documents_first_token_is_not(prepared):
 def test_the_summary_shows_counts_lengths_and_a_sample(tmp_path, tokenizer, capsys):
     known = facts(prepare_records(tmp_path, tokenizer, make_texts(80)))
     said = capsys.readouterr().out
-    for name in ("documents", "tokens", "samples", "dropped_tokens"):
+    for name in ("documents", "tokens", "samples", "dropped_tokens", "documents_by_length"):
         assert all(f"{count:,}" in said for count in known[name].values())
-    assert "documents by length" in said and "#" in said and "N[[umber 0." in said
+    assert "documents by length" in said and "N[[umber 0." in said
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ def chat(*turns) -> list[dict]:
 
 def encoded(tokenizer, messages):
     """(ids, text that is learned, with its control tokens, mask) of a conversation."""
-    document = Encoder(tokenizer).encode([Document("here", messages=json.dumps(messages))])
-    ids, mask = document.ids.tolist(), document.mask.tolist()
+    ids, mask, *_ = Encoder(tokenizer).encode([Document("here", messages=json.dumps(messages))])
+    ids, mask = ids.tolist(), mask.tolist()
     learned = [tokenizer.decode([index]) for index, target in zip(ids, mask, strict=True) if target]
     return ids, learned, mask
 

@@ -112,7 +112,8 @@ def reference(tiny, prepared):
 
 def piecewise_loss(model, row):
     """Summed cross entropy of a packed row and its number of targets, each document piece run through the model alone."""
-    ids, bounds = torch.tensor(row["input_ids"]), [*row["document_starts"], len(row["input_ids"])]
+    starts = [t for t, begins in enumerate(row["document_starts"]) if begins and t > 0]
+    ids, bounds = torch.tensor(row["input_ids"]), [0, *starts, len(row["input_ids"])]
     total, count = 0.0, 0
     for start, stop in zip(bounds, bounds[1:], strict=False):
         piece = ids[start:stop]
