@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 from datasets import Dataset, DatasetDict
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from llama3 import shards, sources
 from llama3.assets import document_separator
@@ -54,7 +54,9 @@ def prepare(
     work = target.with_name(target.name + ".preparing")
     if not work.exists() and _already_prepared(target, settings):
         return target
-    with _only_one(f"{work}.lock"):
+    if work.exists():
+        print(f"continuing in {work}, after any other process that prepares there")
+    with FileLock(f"{work}.lock"):
         if not _already_prepared(target, settings):  # another process may have done it meanwhile
             folder = work / _hash([settings, datasets.__version__])
             for stale in {*work.glob("*")} - {folder}:
@@ -75,10 +77,7 @@ def prepare(
 def open_split(
     dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples: int | None = None
 ) -> Dataset:
-    """Opens 'train' or 'validation' as rows in numpy, of more than `max_samples` always the same ones.
-
-    Raises DataError if the data are not prepared, or not for this sequence length and vocabulary.
-    """
+    """Opens a split as rows in numpy, of more than `max_samples` always the same ones. Raises DataError."""
     path, command = Path(dataset_path), f"python train.py --prepare_data --max_seq_len={max_seq_len}"
     known = read_preparation(path)
     if known is None:
@@ -93,8 +92,8 @@ def open_split(
     try:
         dataset = datasets.load_from_disk(str(path / split))
     except Exception as error:  # datasets raises many kinds for a damaged or newer folder
-        written = f"{path}/{split} (datasets {known['datasets']})"
-        raise DataError(f"{written} cannot be read: {error}. Prepare it again.") from error
+        what = f"{path}/{split}, saved by datasets {known['datasets']}, cannot be read"
+        raise DataError(f"{what}: {error}. Prepare it again.") from error
     if max_samples is not None and len(dataset) > max_samples:
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int))
     return dataset.with_format("numpy")
@@ -152,13 +151,12 @@ def _save(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip
         fix = "give more text or a smaller --max_seq_len"
         raise DataError(f"{found}, fewer than one sample of --max_seq_len={T}: {fix}")
     bound = _held_out_below(keys, filled, T, settings["validation_fraction"])
-    sizes = np.bincount(np.frexp(filled)[1]).tolist()  # powers of two
+    sizes = enumerate(np.bincount(np.frexp(filled)[1]).tolist())  # powers of two
+    by_length = {f"{2**n // 2}-{2**n - 1}": count for n, count in sizes if count}
     known = dict(settings=settings, dataset_id=dataset_id, datasets=datasets.__version__)
     known |= dict(bad_samples=len(problems), empty_samples=int((lengths == 0).sum()) - len(problems))
-    known["documents_by_length"] = {
-        f"{2**n // 2}-{2**n - 1}": count for n, count in enumerate(sizes) if count
-    }
-    known |= dict(max_token_id=0, documents={}, samples={}, tokens={}, dropped_tokens={})
+    known |= dict(documents_by_length=by_length, max_token_id=0)
+    known |= dict(documents={}, samples={}, tokens={}, dropped_tokens={})
     splits = DatasetDict()
     for split, chosen in (("train", keys >= bound), ("validation", keys < bound)):
         path = folder / f"{split}.arrow"
@@ -271,13 +269,3 @@ def _fingerprint(tokenizer) -> str:
 
 def _hash(value) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
-
-
-def _only_one(path: str):
-    """The lock of this file, to be released by `with`; waits for another process that has it."""
-    lock = FileLock(path)
-    try:
-        return lock.acquire(blocking=False)
-    except Timeout:
-        print(f"another process holds {path}: waiting for it")
-        return lock.acquire()

@@ -83,9 +83,7 @@ class Encoder:
         ids = np.fromiter(chain.from_iterable(parts), np.int32)
         wanted = [content for content, _ in segments if isinstance(content, int)]
         if np.isin(ids, self.control_ids).sum() != np.isin(wanted, self.control_ids).sum():
-            raise EncodeError(
-                "the tokenizer turns text into control tokens: mark its control tokens as special"
-            )
+            raise EncodeError("the tokenizer turns text into control tokens: mark those as special in it")
         ends = np.cumsum([0, *map(len, parts)])  # of segments
         mask = np.repeat(np.array([learned for _, learned in segments], bool), np.diff(ends))
         return ids, mask, np.diff(ends[np.cumsum([0, *map(len, documents)])])
@@ -101,10 +99,7 @@ class Encoder:
         return joined, np.array([*map(len, documents), *lengths[lengths == 0]], np.int64)
 
     def conversation(self, messages: list[dict]) -> list[Segment]:
-        """A conversation in the tokenizer's chat template; of it, assistant turns are learned.
-
-        Raises BadSample where the template refuses it, EncodeError if the tokenizer has no usable template.
-        """
+        """Messages in the chat template; what the assistant says is learned. Raises BadSample, EncodeError."""
         if not self.chat_checked:
             self._check_chat()
         # A control token's name inside a message must not reach the template as such.
@@ -118,9 +113,7 @@ class Encoder:
             prompt = self._render(hidden[:number], add_generation_prompt=True)
             answered = self._render(hidden[: number + 1])
             if not (answered.startswith(prompt) and whole.startswith(answered)):
-                raise BadSample(
-                    "the chat template does not write turn after turn: use another --tokenizer_id"
-                )
+                raise BadSample("the chat template does not write turn after turn: use another tokenizer")
             ends = [match.end() for match in self.control_pattern.finditer(answered, len(prompt))]
             end = ends[-1] if ends else len(answered)  # what follows the end of the turn is not learned
             segments += self._split(whole[position : len(prompt)], False)

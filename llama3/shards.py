@@ -96,12 +96,10 @@ def _write_shard(number: int) -> None:
 
 def _tokenized(block: pa.RecordBatch, encoder: Encoder, seed: int) -> pa.RecordBatch:
     """A row for each document, then one for each problem."""
-    documents = (Document(**record) for record in block.to_pylist())
-    ids, mask, lengths, problems = encoder.encode(documents)
+    ids, mask, lengths, problems = encoder.encode(Document(**row) for row in block.to_pylist())
     ends = np.cumsum([0, *lengths, *(0 for _ in problems)], dtype=np.int32)
     starts = np.isin(np.arange(len(ids)), ends)
-    texts = (ids[begin:end] for begin, end in pairwise(ends))
-    keys = [xxhash.xxh64_intdigest(text, seed % 2**64) >> 1 for text in texts]
+    keys = [xxhash.xxh64_intdigest(ids[begin:end], seed % 2**64) >> 1 for begin, end in pairwise(ends)]
     columns = [pa.ListArray.from_arrays(ends, values) for values in (ids, mask, starts)]
     columns += [pa.array(keys, pa.int64()), pa.array([None] * len(lengths) + problems, pa.string())]
     return pa.record_batch(columns, schema=SHARD)

@@ -42,7 +42,7 @@ class Document(NamedTuple):
 
 
 def read_documents(dataset_id: str, files: list[Path] | None, text_column: str | None) -> Iterator[Document]:
-    """The documents of files, or without files of a hub data set, in order. Raises AssetError for the latter."""
+    """The documents of files, or without files of a hub data set, in order. The latter raises AssetError."""
     if not files:
         first = 1
         for table in load_from_hub(dataset_id, text_column).with_format("arrow").iter(ROWS):
@@ -58,8 +58,7 @@ def read_documents(dataset_id: str, files: list[Path] | None, text_column: str |
 def _read_text(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
     data = stream.read()
     try:
-        record = {"text": data.decode("utf-8-sig")}
-        yield _document(f"{name}:1", lambda: record, None)
+        yield _document(f"{name}:1", partial(dict, text=data.decode("utf-8-sig")), None)
     except UnicodeDecodeError as error:
         line = 1 + error.object.count(b"\n", 0, error.start)
         yield Document(f"{name}:{line}", problem=_problem(error))
@@ -87,19 +86,13 @@ READERS = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
 
 
 def _reader(path: str | Path) -> Callable | None:
-    suffix = re.search(r"(\.\w+?)?(\.gz|\.zst)?$", str(path))[1] or ""
-    return READERS.get(suffix.lower())
+    return READERS.get(Path(str(path).removesuffix(".gz").removesuffix(".zst")).suffix.lower())
 
 
 def _read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_column) -> Iterator[Document]:
     """A row of an Arrow table is one document; `first` is the first row's number."""
-    for number, values in enumerate(zip(*table.columns, strict=True), first):
-        row = dict(zip(table.schema.names, values, strict=True))
-        yield _document(f"{name} row {number}", partial(_python_values, row), text_column)
-
-
-def _python_values(row: dict[str, pa.Scalar]) -> dict:
-    return {column: value.as_py() for column, value in row.items()}
+    for number, row in enumerate(table.to_struct_array(), first):
+        yield _document(f"{name} row {number}", row.as_py, text_column)
 
 
 def _document(where: str, load: Callable[[], dict], text_column: str | None) -> Document:
