@@ -52,10 +52,10 @@ def prepare(
     settings = dict(format=FORMAT, source=source, tokenizer=_fingerprint(tokenizer), text_column=text_column)
     settings |= dict(max_seq_len=max_seq_len, validation_fraction=validation_fraction, seed=seed)
     work = target.with_name(target.name + ".preparing")
-    if not work.exists() and _already_prepared(target, settings):
-        return target
     if work.exists():
         print(f"continuing in {work}, after any other process that prepares there")
+    elif _already_prepared(target, settings):
+        return target
     with FileLock(f"{work}.lock"):
         if not _already_prepared(target, settings):  # another process may have done it meanwhile
             folder = work / _hash([settings, datasets.__version__])
@@ -63,8 +63,9 @@ def prepare(
                 shutil.rmtree(stale)
             documents = sources.read_documents(dataset_id, files, text_column)
             encoder = Encoder(tokenizer, max_seq_len if dataset_id in sources.BOOKCORPUS else 0)
-            num_proc = num_proc or len(os.sched_getaffinity(0))
-            paths = shards.tokenize(documents, encoder, seed, folder, num_proc)
+            paths = shards.tokenize(
+                documents, encoder, seed, folder, num_proc or len(os.sched_getaffinity(0))
+            )
             _save(paths, folder, dataset_id, settings, skip_bad_samples)
             os.sync()  # so that the folder is whole even after a power cut
             (folder / "result").rename(target)
@@ -175,10 +176,7 @@ def _save(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip
 
 
 def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: float) -> int:
-    """A document with a key below the returned bound is for validation; equal documents have equal keys.
-
-    Validation gets the wanted fraction of the documents, or as many more as fill one sample.
-    """
+    """The bound of the held-out documents' keys: the wanted fraction, or as many more as fill one sample."""
     if fraction == 0:
         return 0
     order = np.argsort(keys)
@@ -217,11 +215,10 @@ def _already_prepared(target: Path, settings: dict) -> bool:
     pairs = ((name, known.get(name), value) for name, value in settings.items())
     changed = "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
     if changed:
-        what = f"{target} is prepared from {preparation['dataset_id']} with other settings ({changed})"
-        raise DataError(f"{what}: choose another --dataset_path, or remove the folder to prepare anew")
-    samples, bad = preparation["samples"]["train"], preparation["bad_samples"]
-    counts = f"{samples:,} training samples, {bad} bad samples left out"
-    print(f"{target} is already prepared with these settings ({counts}): nothing to do")
+        what = f"{target} holds {preparation['dataset_id']} with other settings ({changed})"
+        raise DataError(f"{what}: choose another --dataset_path, or remove the folder")
+    samples = f"{preparation['samples']['train']:,} training samples"
+    print(f"{target} is already prepared with these settings ({samples}): nothing to do")
     return True
 
 

@@ -46,11 +46,7 @@ class Encoder:
         self.chat_checked = False
 
     def encode(self, documents: Iterable[Document]) -> tuple:
-        """Token ids, mask and lengths of the documents end to end, and the problems of those not usable.
-
-        ids: (tokens,) int32. mask: (tokens,) bool, True where it is learned. lengths: (documents,) int64.
-        Raises EncodeError where tokenizer and text do not go together.
-        """
+        """Ids, mask (True: learned) and lengths of documents end to end, and problems. Raises EncodeError."""
         segments, problems = [], []
         for document in documents:
             try:
@@ -99,7 +95,7 @@ class Encoder:
         return joined, np.array([*map(len, documents), *lengths[lengths == 0]], np.int64)
 
     def conversation(self, messages: list[dict]) -> list[Segment]:
-        """Messages in the chat template; what the assistant says is learned. Raises BadSample, EncodeError."""
+        """A chat in the tokenizer's template; assistant turns are learned. Raises BadSample, EncodeError."""
         if not self.chat_checked:
             self._check_chat()
         # A control token's name inside a message must not reach the template as such.

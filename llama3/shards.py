@@ -33,8 +33,8 @@ def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder:
     count = min(MAX_SHARDS, len(blocks))
     paths = [folder / f"shard-{number:04}.arrow" for number in range(count)]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
-    fork = multiprocessing.get_context("fork")  # workers inherit the tokenizer, which is slow to pickle
     work = (os.getpid(), blocks, encoder, seed, paths)
+    fork = multiprocessing.get_context("fork")  # workers inherit the tokenizer, which is slow to pickle
     pool = ProcessPoolExecutor(min(num_proc, count), fork, _begin_worker, work)
     try:
         running = [pool.submit(_write_shard, number) for number in missing]
