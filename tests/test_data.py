@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 import torch
 from datasets.utils import tqdm
 from helpers import corpora
-from helpers.corpora import documents_of, facts, make_texts, prepare_records, real_tokenizer, samples
+from helpers.corpora import documents_of, facts, make_texts, prepare_records, real_tokenizer, rows, samples
 from helpers.runs import ROOT, environment, python
 
 from llama3 import data, shards, sources
@@ -61,6 +60,7 @@ def test_every_document_is_there_whole_and_once_but_for_the_last_remainder(tmp_p
     decides = {"format", "source", "tokenizer", "max_seq_len", "validation_fraction", "seed", "text_column"}
     assert set(said["settings"]) == decides and said["max_token_id"] == max(map(max, known))
     for split in ("train", "validation"):
+        assert all(len(row["input_ids"]) == T for row in rows(tmp_path / "p", split))
         found, ours = documents_of(tmp_path / "p", split), iter(known)
         for document in found[:-1]:
             assert any(document == other for other in ours), "not there, or not in the order of the source"
@@ -70,13 +70,6 @@ def test_every_document_is_there_whole_and_once_but_for_the_last_remainder(tmp_p
         assert said["dropped_tokens"][split] < T
     total = sum(said["tokens"].values()) + sum(said["dropped_tokens"].values())
     assert total == sum(map(len, known)) and sum(said["documents_by_length"].values()) == len(known)
-
-
-def test_a_row_is_full_and_begins_a_piece(prepared):
-    for row in samples(prepared)[0]:
-        starts = row["document_starts"]
-        assert len(row["input_ids"]) == T and starts[0] == 0 and starts == sorted(set(starts))
-        assert all(row["input_ids"][start - 1] == 0 for start in starts[1:]), "begins where no other ended"
 
 
 def test_the_same_texts_give_the_same_samples_from_every_kind_of_file_and_a_mix(tmp_path, tokenizer):
@@ -115,7 +108,7 @@ def test_a_source_is_what_was_named_and_once(tmp_path, tokenizer, monkeypatch):
     assert [path.name for path in sources.find_files("a.jsonl, b.jsonl")] == ["a.jsonl", "b.jsonl"]
     assert len(sources.find_files("*.jsonl")) == 2
     for name in ("", "a.jsonl,"):
-        with pytest.raises(ValueError, match="is an empty name"):
+        with pytest.raises(ValueError, match="does not exist"):
             sources.find_files(name)
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / "elsewhere").mkdir()
@@ -164,12 +157,12 @@ def test_killed_at_any_moment_and_started_again_the_samples_are_the_same(
 def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, tokenizer, small_blocks, monkeypatch):
     source, target = str(corpora.write_jsonl(tmp_path / "a.jsonl", make_texts(3000))), tmp_path / "p"
     process = start(source, tokenizer, target)
-    while len(list(tmp_path.glob("p.preparing/*/shards/*.arrow"))) < 10:
+    while len(list(tmp_path.glob("p.preparing/*/shard-*.arrow"))) < 10:
         time.sleep(0.005)
     process.kill()
     process.join()
     time.sleep(1)  # its workers leave with it
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("p.preparing/*/shards/*.arrow")}
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("p.preparing/*/shard-*.arrow")}
     pack = data._pack
 
     def look(paths, *args):
@@ -188,7 +181,7 @@ def test_a_tokenizing_process_that_dies_ends_the_preparation_with_a_sentence(tmp
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as process:
         try:
-            while len(list(tmp_path.glob("p.preparing/*/shards/*.arrow"))) < 4:
+            while len(list(tmp_path.glob("p.preparing/*/shard-*.arrow"))) < 4:
                 assert process.poll() is None, "it is over before a process could be ended"
                 time.sleep(0.005)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -203,7 +196,7 @@ def test_a_tokenizing_process_that_dies_ends_the_preparation_with_a_sentence(tmp
             process.kill()  # if it hangs
     assert process.returncode == 2 and "Traceback" not in said, said
     assert "a tokenizing process was killed" in said and not (tmp_path / "p").exists()
-    assert len(list(tmp_path.glob("p.preparing/*/shards/*.arrow"))) >= 4, "what is done is kept"
+    assert len(list(tmp_path.glob("p.preparing/*/shard-*.arrow"))) >= 4, "what is done is kept"
 
 
 def test_two_processes_at_once_do_not_harm_each_other(tmp_path, tokenizer, small_blocks):
@@ -231,7 +224,8 @@ OTHER_SETTINGS = {
     "seed 0, now 1": dict(seed=1),
     "validation_fraction 0.01, now 0.5": dict(validation_fraction=0.5),
     "text_column None, now body": dict(text_column="body"),
-    "changed files": dict(records=make_texts(50, seed=1)),
+    "source ": dict(records=make_texts(50, seed=1)),
+    "tokenizer ": dict(tokenizer=real_tokenizer("smollm2-135m")),
 }
 
 
@@ -242,11 +236,6 @@ def test_other_settings_are_refused_with_the_fix(tmp_path, tokenizer, said):
     with pytest.raises(DataError, match="choose another --dataset_path") as refused:
         prepare_records(**settings | OTHER_SETTINGS[said])
     assert said in str(refused.value) and files_of(tmp_path / "p") == before
-
-
-def test_another_tokenizer_is_refused(prepared):
-    with pytest.raises(DataError, match="another tokenizer"):
-        prepare(str(prepared.parent / "a.jsonl"), real_tokenizer("smollm2-135m"), prepared, T)
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path, tokenizer):
@@ -269,16 +258,15 @@ def test_the_seed_chooses_the_held_out_documents_and_equal_documents_stay_togeth
     assert len(held_out[0] & held_out[1]) < 40
 
 
-def test_validation_gets_a_sample_even_from_short_documents(tmp_path, tokenizer):
-    prepare_records(tmp_path, tokenizer, make_texts(200, most=6), T=256, validation_fraction=0.001)
-    assert facts(tmp_path / "p")["samples"]["validation"] == 1
-
-
-def test_a_single_document_is_all_for_training_and_says_so(tmp_path, tokenizer, capsys):
-    prepare_records(tmp_path, tokenizer, make_texts(1, most=300), T=32)
+def test_validation_gets_a_sample_wherever_there_is_enough_text(tmp_path, tokenizer, capsys):
+    short = prepare_records(
+        tmp_path, tokenizer, make_texts(200, most=6), "short", 256, validation_fraction=0.001
+    )
+    assert facts(short)["samples"]["validation"] == 1
+    single = prepare_records(tmp_path, tokenizer, make_texts(1, most=300), "single", 32)
     assert "too little text to hold documents out" in capsys.readouterr().out
-    assert facts(tmp_path / "p")["documents"] == {"train": 1, "validation": 0}
-    assert len(open_split(tmp_path / "p", "validation", 32, 320)) == 0
+    assert facts(single)["documents"] == {"train": 1, "validation": 0}
+    assert len(open_split(single, "validation", 32, 320)) == 0
 
 
 BOUNDARIES = [("small", [], 0), ("smollm2-135m", [], 0), ("llama3", [128000], 128001)]
@@ -291,7 +279,7 @@ def test_a_document_has_the_tokenizers_beginning_and_separator_and_injects_no_co
     tokenizer = real_tokenizer(name)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     text = "My fellow citizens" + " b".join(control) + "<|im_start|>system\n<|eot_id|>"
-    ids = Encoder(tokenizer).encode([Document("here", text)]).ids.tolist()
+    ids = Encoder(tokenizer).encode([Document("here", text)])[0].tolist()
     middle = ids[len(beginning) : -1]
     assert ids == beginning + middle + [end] and tokenizer.decode(middle) == text
     assert middle == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -300,8 +288,9 @@ def test_a_document_has_the_tokenizers_beginning_and_separator_and_injects_no_co
 
 def test_sentences_are_joined_to_documents_of_a_sample_at_least(tokenizer):
     sentences = make_texts(500, most=12)
-    encoded = Encoder(tokenizer, join_tokens=T).encode([Document("here", text) for text in sentences])
-    found = [ids.tolist() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
+    documents = [Document("here", text) for text in sentences]
+    tokens, _, lengths, _ = Encoder(tokenizer, join_tokens=T).encode(documents)
+    found = [ids.tolist() for ids in np.split(tokens, np.cumsum(lengths)[:-1])]
     assert len(found) > 20 and all(T < len(ids) < 3 * T for ids in found)
     assert all(ids.count(0) == 1 and ids[-1] == 0 for ids in found)
     assert tokenizer.decode(sum((ids[:-1] for ids in found), [])) == "".join(s + "\n" for s in sentences)
@@ -319,6 +308,7 @@ def test_a_split_opens_whole_or_as_always_the_same_samples_from_all_over(prepare
 
 
 UNFIT = {
+    "Prepare it again": dict(split="damaged"),
     "python train.py --prepare_data": dict(dataset_path="nowhere"),
     "--max_seq_len=64": dict(max_seq_len=32),
     "the model's vocabulary has 100": dict(vocab_size=100),
@@ -327,25 +317,19 @@ UNFIT = {
 
 @pytest.mark.parametrize("said", UNFIT)
 def test_what_does_not_fit_is_refused_with_the_fix(prepared, said):
+    (prepared / "damaged").mkdir(exist_ok=True)
     fits = dict(dataset_path=prepared, split="train", max_seq_len=T, vocab_size=320)
     with pytest.raises(DataError, match=re.escape(said)):
         open_split(**fits | UNFIT[said])
 
 
-def test_a_damaged_folder_is_refused_with_the_fix(prepared, tmp_path):
-    shutil.copytree(prepared, tmp_path / "p")
-    next((tmp_path / "p" / "train").glob("*.arrow")).write_bytes(b"torn")
-    with pytest.raises(DataError, match="[Pp]repare it again"):
-        open_split(tmp_path / "p", "train", T, 320)
-
-
 def slow_batch(batch_rows, B):
-    """What the collator promises, a token at a time."""
+    """What the collator promises, a token at a time: a document's end is a target, its first token never."""
     ids, labels, positions, bounds = [], [], [], [0]
-    missing = dict(input_ids=[0] * T, document_starts=[0], loss_mask=[0] * T)
+    missing = dict(input_ids=[0] * T, document_starts=[False] * T, loss_mask=[False] * T)
     for row in batch_rows + [missing] * (B - len(batch_rows)):
-        tokens, starts = list(row["input_ids"]), [*row["document_starts"], T]
-        mask = row.get("loss_mask", [1] * T)
+        tokens, mask = list(row["input_ids"]), row["loss_mask"]
+        starts = [t for t in range(T) if t == 0 or row["document_starts"][t]] + [T]
         labels.append([-100 if t + 1 in starts or not mask[t + 1] else tokens[t + 1] for t in range(T)])
         positions.append([t - max(start for start in starts if start <= t) for t in range(T)])
         bounds += [len(ids) * T + start for start in starts[1:]]
@@ -354,32 +338,23 @@ def slow_batch(batch_rows, B):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_batch_is_what_it_promises_whatever_rows_are_missing(prepared, count, masked):
+def test_a_batch_is_what_it_promises_whatever_rows_are_missing(prepared, count):
     draw = np.random.default_rng(0)
     given = [dict(row) for row in open_split(prepared, "train", T, 320).select(range(count))]
-    for row in given if masked else []:
-        row["loss_mask"] = draw.integers(0, 2, T)
+    given = [row | dict(loss_mask=draw.random(T) < 0.7) if n % 2 else row for n, row in enumerate(given)]
     batch = Collator(T, 4)(given)
     names = ("input_ids", "labels", "position_ids", "cu_seqlens")
     assert tuple(batch[name].tolist() for name in names) == slow_batch(given, 4)
-    assert batch["num_tokens"] == count * T and batch["cu_seqlens"].dtype == torch.int32
-    assert {batch[name].dtype for name in names[:3]} == {torch.int64}
-
-
-def test_end_of_text_is_a_target_and_a_documents_first_token_is_not(prepared):
-    row = next(row for row in open_split(prepared, "train", T, 320) if len(row["document_starts"]) > 1)
-    labels, start = Collator(T, 1)([row])["labels"][0], row["document_starts"][1]
-    assert labels[start - 2] == 0 and labels[start - 1] == -100
-    assert labels[start] == row["input_ids"][start + 1]
+    assert [batch[name].dtype for name in names] == [torch.int64] * 3 + [torch.int32]
+    assert batch["num_tokens"] == count * T
 
 
 def test_the_summary_shows_counts_lengths_and_a_sample(tmp_path, tokenizer, capsys):
     known = facts(prepare_records(tmp_path, tokenizer, make_texts(80)))
     said = capsys.readouterr().out
-    for name in ("documents", "tokens", "samples", "dropped_tokens"):
+    for name in ("documents", "tokens", "samples", "dropped_tokens", "documents_by_length"):
         assert all(f"{count:,}" in said for count in known[name].values())
-    assert "documents by length" in said and "#" in said and "N[[umber 0." in said
+    assert "documents by length" in said and "N[[umber 0." in said
 
 
 @pytest.mark.slow

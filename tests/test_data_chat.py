@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import CHATML, facts, prepare_records, real_tokenizer, samples, small_tokenizer
+from helpers.corpora import CHATML, prepare_records, real_tokenizer, samples, small_tokenizer
 
 from llama3.data import prepare
 from llama3.encode import EncodeError, Encoder
@@ -19,8 +19,8 @@ def chat(*turns) -> list[dict]:
 
 def encoded(tokenizer, messages):
     """(ids, text that is learned, with its control tokens, mask) of a conversation."""
-    document = Encoder(tokenizer).encode([Document("here", messages=json.dumps(messages))])
-    ids, mask = document.ids.tolist(), document.mask.tolist()
+    ids, mask, *_ = Encoder(tokenizer).encode([Document("here", messages=json.dumps(messages))])
+    ids, mask = ids.tolist(), mask.tolist()
     learned = [tokenizer.decode([index]) for index, target in zip(ids, mask, strict=True) if target]
     return ids, learned, mask
 
@@ -124,13 +124,14 @@ def test_conversations_from_jsonl_and_parquet_are_the_same_samples(tmp_path):
     found = samples(tmp_path / "messages")
     assert found == samples(tmp_path / "parquet") == samples(tmp_path / "prompts")
     learned = sum(sum(row["loss_mask"]) for row in found[0])
-    assert 0 < learned == facts(tmp_path / "messages")["target_tokens"]["train"] < 64 * len(found[0])
+    assert 0 < learned < 64 * len(found[0])
 
 
-def test_text_among_conversations_is_learned_whole(tmp_path):
+def test_text_among_conversations_is_learned_whole_and_the_summary_shows_what_is_learned(tmp_path, capsys):
     tokenizer, first, last = small_tokenizer(), chat("a" * 40, "b" * 40), chat("c" * 40, "d" * 40)
     records = [{"messages": first}, "plain text " * 20, {"messages": last}] * 4
     prepare_records(tmp_path, tokenizer, records, T=32, validation_fraction=0)
+    assert "assistant\n    [[bbb" in capsys.readouterr().out
     packed = samples(tmp_path / "p")[0]
     ids, mask = ([value for row in packed for value in row[name]] for name in ("input_ids", "loss_mask"))
     text = tokenizer.decode(ids)
@@ -138,9 +139,3 @@ def test_text_among_conversations_is_learned_whole(tmp_path):
     assert "aaa" in text and "ccc" in text and "aaa" not in learned and "ccc" not in learned
     assert "b" * 40 + "<|im_end|>" in learned and "<|im_start|>" not in learned
     assert "plain text plain text" in learned
-
-
-def test_the_summary_makes_the_mask_visible(tmp_path, capsys):
-    conversation = {"messages": chat("the state of the union?", "at peace")}
-    prepare_records(tmp_path, small_tokenizer(), [conversation] * 30, T=128)
-    assert "assistant\n    [[at peace<|im_end|>]]\n" in capsys.readouterr().out

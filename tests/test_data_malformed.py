@@ -141,7 +141,7 @@ USELESS = {
     "no such folder": (None, "nowhere/", "does not exist"),
     "a glob of nothing": (None, "in/*.txt", "in/*.txt does not exist"),
     "an empty folder": (None, "in", "has no .txt, .jsonl, .parquet file"),
-    "a file of another kind": (("a.csv", "x"), "in/a.csv", "but a.csv"),
+    "a file of another kind": (("a.csv", "x"), "in/a.csv", "has no .txt"),
     "nothing but empty files": (("a.jsonl", ""), "in", "0 documents with 0 tokens"),
     "nothing but empty texts": (("a.jsonl", '{"text": ""}\n{"text": " "}'), "in", "0 documents"),
     "less than one sample": (("a.txt", "a b c"), "in", "fewer than one sample of --max_seq_len=64"),

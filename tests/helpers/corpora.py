@@ -69,13 +69,10 @@ def documents_of(folder: Path, split: str) -> list[list[int]]:
     """The token ids of each document of a split, put together again from its rows."""
     found: list[list[int]] = []
     for row in rows(folder, split):
-        bounds = [*row["document_starts"], len(row["input_ids"])]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            piece = row["input_ids"][begin:end]
-            if begin == 0 and found and found[-1][-1] != 0:  # it continues from the row before
-                found[-1] += piece
-            else:
-                found.append(list(piece))
+        for token, begins in zip(row["input_ids"], row["document_starts"], strict=True):
+            if begins:
+                found.append([])
+            found[-1].append(token)
     return found
 
 
