@@ -23,7 +23,8 @@ from llama3.loss import IGNORED
 
 FORMAT = 2  # of the prepared folder; raised whenever the same input would give other samples
 FILE_BYTES = 500 << 20  # of a saved split's files, about
-SAMPLE = pa.schema(shards.LISTS)
+INDICES = pa.list_(pa.int32())
+SAMPLE = pa.schema({"input_ids": INDICES, "document_starts": INDICES, "loss_mask": pa.list_(pa.uint8())})
 
 
 class DataError(ValueError):
@@ -121,8 +122,8 @@ class Collator:
         starts = np.zeros((B, T), dtype=bool)  # does a document begin with token t?
         for b, row in enumerate(rows):
             input_ids[b] = row["input_ids"]
-            target[b] = row["loss_mask"]
-            starts[b] = row["document_starts"]
+            target[b] = row.get("loss_mask", True)
+            starts[b, row["document_starts"]] = True
         starts[:, 0] = True
         labels = np.full((B, T), IGNORED, dtype=np.int64)
         labels[:, :-1] = np.where((target & ~starts)[:, 1:], input_ids[:, 1:], IGNORED)
@@ -198,9 +199,14 @@ def _pack(paths: list[Path], T: int, bound: int, split: str) -> Iterator[pa.Reco
             new = batch[name].flatten().to_numpy(zero_copy_only=False)[tokens]
             left[name] = np.concatenate([values, new])
         whole = len(left["input_ids"]) // T * T
-        cuts = np.arange(0, whole + 1, T, dtype=np.int32)
-        lists = [pa.ListArray.from_arrays(cuts, values[:whole]) for values in left.values()]
-        yield pa.record_batch(lists, schema=SAMPLE)
+        rows = {name: values[:whole].reshape(-1, T) for name, values in left.items()}
+        rows["document_starts"][:, :1] = True  # even where the sample continues a document
+        counts, (_, starts) = rows["document_starts"].sum(1), np.nonzero(rows["document_starts"])
+        cuts = pa.array(np.arange(0, whole + 1, T), pa.int32())
+        start_cuts = pa.array(np.cumsum([0, *counts]), pa.int32())
+        ids, mask = rows["input_ids"].ravel(), rows["loss_mask"].ravel().astype(np.uint8)
+        lists = [(cuts, ids), (start_cuts, starts.astype(np.int32)), (cuts, mask)]
+        yield pa.record_batch([pa.ListArray.from_arrays(*pair) for pair in lists], schema=SAMPLE)
         left = {name: values[whole:] for name, values in left.items()}
 
 
@@ -244,8 +250,8 @@ def summary(path: Path, tokenizer) -> str:
     sizes = ", ".join(f"{count:,} of {name}" for name, count in known["documents_by_length"].items())
     lines.append(f"  documents by length in tokens: {sizes}")
     for row in datasets.load_from_disk(str(path / "train")).take(100):
-        learned = np.array(row["loss_mask"]) & ~np.array(row["document_starts"])
-        learned[0] = False  # it is no target, as nothing precedes it
+        learned = np.array(row["loss_mask"], bool)
+        learned[row["document_starts"]] = False  # these are no targets
         if learned.any():
             break
     begin = max(0, int(learned.argmax()) - 40)  # somewhat before what is learned

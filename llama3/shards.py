@@ -66,14 +66,15 @@ def read(*paths: Path) -> list[pa.RecordBatch]:
 
 
 def _blocks(documents: Iterator[Document]) -> Iterator[pa.RecordBatch]:
-    block, size = [], 0
+    full, block, size = [], [], 0  # the last full block takes what fills no other: rows may be joined in it
     for document in tqdm(documents, "reading", unit=" documents"):
         block.append(document._asdict())
         size += len(document.text or document.messages or "") + len(document.where)
         if size >= BLOCK_BYTES:
-            yield pa.RecordBatch.from_pylist(block, BLOCK)
-            block, size = [], 0
-    yield pa.RecordBatch.from_pylist(block, BLOCK)
+            if full:
+                yield pa.RecordBatch.from_pylist(full, BLOCK)
+            full, block, size = block, [], 0
+    yield pa.RecordBatch.from_pylist(full + block, BLOCK)
 
 
 def _begin_worker(parent: int, *work) -> None:

@@ -60,7 +60,9 @@ def test_every_document_is_there_whole_and_once_but_for_the_last_remainder(tmp_p
     decides = {"format", "source", "tokenizer", "max_seq_len", "validation_fraction", "seed", "text_column"}
     assert set(said["settings"]) == decides and said["max_token_id"] == max(map(max, known))
     for split in ("train", "validation"):
-        assert all(len(row["input_ids"]) == T for row in rows(tmp_path / "p", split))
+        for row in rows(tmp_path / "p", split):
+            ends = [t for t in range(T - 1) if row["input_ids"][t] == 0]
+            assert len(row["input_ids"]) == T and row["document_starts"] == [0, *(t + 1 for t in ends)]
         found, ours = documents_of(tmp_path / "p", split), iter(known)
         for document in found[:-1]:
             assert any(document == other for other in ours), "not there, or not in the order of the source"
@@ -141,7 +143,7 @@ def test_killed_at_any_moment_and_started_again_the_samples_are_the_same(
     source, draw, interrupted = str(tmp_path / "a.jsonl"), random.Random(0), 0
     for number in range(count):
         target = tmp_path / f"killed{number}"
-        for latest in (whole / 2, whole, whole):
+        for latest in (0.3, whole / 2, whole):
             process = start(source, tokenizer, target)
             process.join(draw.uniform(0.05, latest))
             process.kill()
@@ -323,13 +325,20 @@ def test_what_does_not_fit_is_refused_with_the_fix(prepared, said):
         open_split(**fits | UNFIT[said])
 
 
+def test_end_of_text_is_a_target_and_a_documents_first_token_is_not():
+    row = {"input_ids": [5, 6, 0, 7, 8, 0, 9, 9], "document_starts": [0, 3, 6]}
+    batch = Collator(8, 2)([row])
+    assert batch["labels"].tolist() == [[6, 0, -100, 8, 0, -100, 9, -100], [-100] * 8]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1] and batch["num_tokens"] == 8
+
+
 def slow_batch(batch_rows, B):
     """What the collator promises, a token at a time: a document's end is a target, its first token never."""
     ids, labels, positions, bounds = [], [], [], [0]
-    missing = dict(input_ids=[0] * T, document_starts=[False] * T, loss_mask=[False] * T)
+    missing = dict(input_ids=[0] * T, document_starts=[], loss_mask=[False] * T)
     for row in batch_rows + [missing] * (B - len(batch_rows)):
         tokens, mask = list(row["input_ids"]), row["loss_mask"]
-        starts = [t for t in range(T) if t == 0 or row["document_starts"][t]] + [T]
+        starts = sorted({0, *row["document_starts"]}) + [T]
         labels.append([-100 if t + 1 in starts or not mask[t + 1] else tokens[t + 1] for t in range(T)])
         positions.append([t - max(start for start in starts if start <= t) for t in range(T)])
         bounds += [len(ids) * T + start for start in starts[1:]]

@@ -69,10 +69,10 @@ def documents_of(folder: Path, split: str) -> list[list[int]]:
     """The token ids of each document of a split, put together again from its rows."""
     found: list[list[int]] = []
     for row in rows(folder, split):
-        for token, begins in zip(row["input_ids"], row["document_starts"], strict=True):
-            if begins:
+        for token, id_ in enumerate(row["input_ids"]):
+            if token in row["document_starts"] and (token or not found or found[-1][-1] == 0):
                 found.append([])
-            found[-1].append(token)
+            found[-1].append(id_)
     return found
 
 
