@@ -239,14 +239,13 @@ def read_preparation(path: Path) -> dict | None:
 def summary(path: Path, tokenizer) -> str:
     """Counts, the documents' lengths, and a sample in which what is learned stands in brackets."""
     known = read_preparation(path)
-    lines = [f"prepared {path}"]
+    lines = [
+        f"prepared {path}, without {known['empty_samples']} empty and {known['bad_samples']} bad samples"
+    ]
     for split in ("train", "validation"):
         names = ("documents", "tokens", "samples", "dropped_tokens")
         counts = ", ".join(f"{known[name][split]:,} {name.replace('_', ' ')}" for name in names)
         lines.append(f"  {split}: {counts}")
-    lines.append(
-        f"  left out: {known['empty_samples']:,} empty samples, {known['bad_samples']:,} bad samples"
-    )
     sizes = ", ".join(f"{count:,} of {name}" for name, count in known["documents_by_length"].items())
     lines.append(f"  documents by length in tokens: {sizes}")
     for row in datasets.load_from_disk(str(path / "train")).take(100):
