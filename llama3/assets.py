@@ -42,8 +42,7 @@ class AssetError(ValueError):
 
 def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaConfig:
     """Return a model's configuration; `num_hidden_layers` replaces the model's own depth."""
-    values = CONFIGS.get(model_id)
-    if values is None:
+    if (values := CONFIGS.get(model_id)) is None:
         folder = model_folder(model_id, ["config.json"])
         values = _read(folder, "config.json", lambda file: json.loads(file.read_text()), "name another model")
         if (kind := values.get("model_type")) != "llama":
@@ -52,8 +51,7 @@ def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaCon
         values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     config = LlamaConfig.from_dict(values)
     config.architectures = ["LlamaForCausalLM"]
-    if num_hidden_layers is not None:
-        config.num_hidden_layers = num_hidden_layers
+    config.num_hidden_layers = num_hidden_layers or config.num_hidden_layers
     return config
 
 
@@ -127,7 +125,6 @@ def from_hub(download: Callable, repo_id: str, kind: str = "model"):
 
 
 def _hub_trouble(error: Exception) -> str | None:
-    """Return what failed at the hub or the network and caused `error`, or None if neither did."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -137,8 +134,7 @@ def _hub_trouble(error: Exception) -> str | None:
         return "gated"
     if kinds & {errors.RepositoryNotFoundError, errors.RevisionNotFoundError, DatasetNotFoundError}:
         return "not on the hub"
-    answers = [link.response for link in chain if getattr(link, "response", None) is not None]
-    if answers:
+    if answers := [link.response for link in chain if getattr(link, "response", None) is not None]:
         return f"the hub answered {answers[-1].status_code}"
     if ConnectionResetError not in kinds and kinds & {errors.LocalEntryNotFoundError, ConnectionError}:
         return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"

@@ -1,6 +1,5 @@
 """Writes named tensors as a Hugging Face folder, and samples text from such a folder."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,14 +37,13 @@ def export_hf(
             for name, tensor in tensors:
                 file.add(name, tensor.to(torch_dtype))
             file.finish()
-        saved = {"architectures": ["LlamaForCausalLM"], "use_cache": True}
         # transformers 5 reads `dtype`, and transformers 4 `torch_dtype`.
-        saved |= {"dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]}
+        saved = {"use_cache": True, "dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]}
         hf_config = LlamaConfig.from_dict(config | saved)
         for part in (hf_config, tokenizer, _generation_config(hf_config, tokenizer)):
             part.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -30,9 +30,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = exponentials.sum(-1, keepdim=True)  # (n, 1)
             loss_sum += (total.log() + largest - target).sum()
             if needs_grad:
-                grad = exponentials.div_(total)  # the softmax
-                grad.scatter_add_(1, y[:, None], torch.full_like(total, -1.0))
-                grad = grad.to(hidden.dtype)
+                softmax = exponentials.div_(total)
+                grad = softmax.scatter_add_(1, y[:, None], torch.full_like(total, -1.0)).to(hidden.dtype)
                 grad_hidden[start : start + chunk] = grad @ weight
                 grad_weight += grad.T @ h
         if needs_grad:

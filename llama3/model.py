@@ -82,7 +82,6 @@ class Llama(nn.Module):
         super().__init__()
         self.model_id, self.from_scratch, self.seed = model_id, from_scratch, seed
         config = assets.load_config(model_id, num_hidden_layers)
-        config.use_cache = False
         with torch.device("meta"):
             self.model = LlamaForCausalLM(config)
             self.model.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
@@ -126,12 +125,10 @@ class Llama(nn.Module):
             return torch.ones(stop - start)
         if name.endswith("bias"):
             return torch.zeros(stop - start)
-        blocks = []
+        blocks, deviation = [], self.model.config.initializer_range
         for index in range(start // RANDOM_BLOCK, stop // RANDOM_BLOCK + 1):
             digest = hashlib.sha256(f"{self.seed}/{name}/{index}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            blocks.append(
-                torch.randn(RANDOM_BLOCK, generator=generator).mul_(self.model.config.initializer_range)
-            )
+            blocks.append(torch.randn(RANDOM_BLOCK, generator=generator) * deviation)
         skipped = start % RANDOM_BLOCK
         return torch.cat(blocks)[skipped : skipped + stop - start]

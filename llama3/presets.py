@@ -3,12 +3,9 @@
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMOLLM2 = "smollm2-135m"
 
-# The arguments of transformers' LlamaConfig, by model id.
+# The arguments of transformers' LlamaConfig that differ from its defaults (4096 wide, 32 layers, 32 heads).
 CONFIGS = {
     LLAMA3_8B: dict(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
         num_key_value_heads=8,
         intermediate_size=14336,
         vocab_size=128256,

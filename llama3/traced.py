@@ -8,10 +8,8 @@ from llama3.model import Llama, packed_attention
 
 
 def document_attention(query, key, value, positions, scaling=None):
-    """packed_attention whose documents are given by positions (B, 1, 1, T) that restart at 0 with each.
-
-    Unlike boundaries, positions have one shape, and any values are valid: nnScaler's profiler gives zeros.
-    """
+    """packed_attention whose documents are given by positions (B, 1, 1, T) that restart at 0 with each."""
+    # Unlike boundaries, positions have one shape, and any values are valid: nnScaler's profiler gives zeros.
     B, T = query.shape[0], query.shape[2]
     starts = positions.reshape(B, T) == 0
     starts[:, 0] = True
