@@ -218,10 +218,11 @@ def _already_prepared(target: Path, settings: dict) -> bool:
             raise DataError(f"{target} exists and is not a prepared data set: choose another --dataset_path")
         return False
     known = preparation["settings"]
+    words = {"source": "another source or changed files", "tokenizer": "another tokenizer"}
     pairs = ((name, known.get(name), value) for name, value in settings.items())
-    changed = "; ".join(f"{name} {old}, now {new}" for name, old, new in pairs if old != new)
+    changed = [words.get(name, f"{name} {old}, now {new}") for name, old, new in pairs if old != new]
     if changed:
-        what = f"{target} holds {preparation['dataset_id']} with other settings ({changed})"
+        what = f"{target} holds {preparation['dataset_id']} with other settings ({'; '.join(changed)})"
         raise DataError(f"{what}: choose another --dataset_path, or remove the folder")
     samples = f"{preparation['samples']['train']:,} training samples"
     print(f"{target} is already prepared with these settings ({samples}): nothing to do")
