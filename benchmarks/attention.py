@@ -1,7 +1,7 @@
 """What attention inside documents costs on a CPU: python benchmarks/attention.py
 
-Forward and backward, medians of interleaved repeats. Three ways: piece by piece (ours), one mask over the row, and
-without boundaries; 9 heads of 64, three documents a row.
+Forward and backward, medians of interleaved repeats. Three ways: piece by piece (ours), one mask over the
+row, and without boundaries; 9 heads of 64, three documents a row.
 """
 
 import statistics
@@ -18,9 +18,7 @@ from llama3.model import packed_attention  # noqa: E402
 
 
 def main(repeats: int = 15) -> None:
-    print(
-        f"{'rows x tokens':16}{'pieces':>12}{'mask':>12}{'no bounds':>12}   milliseconds (of the pieces' time)"
-    )
+    print(f"{'rows x tokens':16}{'pieces':>12}{'mask':>12}{'no bounds':>12}   ms (of the pieces' time)")
     for B, T in ((2, 512), (2, 2048)):
         tensors = [torch.randn(B, 9, T, 64, requires_grad=True) for _ in range(3)]
         cuts = [0, T // 4, T // 2]

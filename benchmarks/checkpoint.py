@@ -1,7 +1,9 @@
-"""Saving, loading, merging and exporting beside `cp` of the same bytes: python benchmarks/checkpoint.py [--gib 1.5]
+"""Saving, loading, merging and exporting beside `cp` of the same bytes: python benchmarks/checkpoint.py
+[--gib 1.5]
 
-One rank; a model of plain matrices with Adam's two moments. Times are medians of interleaved repeats. A ratio is
-cp's time over ours: above 1, ours is faster. `cp` leaves its bytes in the page cache, ours are on the disk when it
+One rank; a model of plain matrices with Adam's two moments. Times are medians of interleaved repeats. A ratio
+is cp's time over ours: above 1, ours is faster. `cp` leaves its bytes in the page cache, ours are on the disk
+when it
 returns: compare with `cp, then sync`.
 """
 
@@ -26,7 +28,7 @@ from trainer.tensorfile import TensorFileWriter  # noqa: E402
 
 
 def seconds(action, *replaced: Path) -> float:
-    """The time of the action alone: what it would replace is removed first, and earlier writes are on the disk."""
+    """The time of the action alone, with what it would replace removed and earlier writes on the disk."""
     for path in replaced:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     os.sync()

@@ -34,8 +34,8 @@ class ModelConfig:
     `sharded_alone`: other large modules that are gathered one at a time.
     `name_prefix`: the wrapper's prefix (such as "model."), which checkpoints leave out of parameter names.
     `weight_files()`: checkpoint name of each parameter -> the safetensors file that holds it, or None.
-    `initial_values(name, start, stop)`: those elements of the flattened fresh parameter, in fp32, a function of
-    seed and name only; called if there are no weight files.
+    `initial_values(name, start, stop)`: those elements of the flattened fresh parameter, in fp32, a function
+    of seed and name only; called if there are no weight files.
     `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its
     `whole_functions` maps each function that nnScaler must not trace into to its tensors' dims.
     """

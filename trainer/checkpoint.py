@@ -43,7 +43,7 @@ class CheckpointName:
 
 
 def hidden_path(folder: Path, what: str) -> Path:
-    """Where a checkpoint is written before it gets its name ('saving'), or waits to be deleted ('replaced')."""
+    """Where a checkpoint is written until it gets its name ('saving'), or is deleted ('replaced')."""
     return folder.with_name(f".{what}-{folder.name}")
 
 
@@ -192,7 +192,7 @@ class Checkpoint:
         self.boxes[name] = {Box.whole(reader.tensors[name][1]): reader}
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Checks each `parts`-th file (of a merged file: tensor) against its checksum; raises CheckpointError."""
+        """Checks each `parts`-th file (in a merged file: tensor) against its checksum."""
         for what, expected, compute in self.checks[part::parts]:
             try:
                 found = compute()
@@ -248,7 +248,8 @@ class Checkpoint:
     def merge(self, out_file: Path) -> Path:
         """Merges the shards into one safetensors file, a tensor at a time; raises CheckpointError.
 
-        One pass verifies the shards, a second one copies. The metadata holds the state and each tensor's checksum.
+        One pass verifies the shards, a second one copies. The metadata holds the state and each tensor's
+        checksum.
         """
         self.verify()
         state = {**self.state, "val_loss": self.val_loss}
@@ -266,7 +267,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path`, which is renamed to `path` if the block succeeds and removed if it fails."""
+    """Yields a name that becomes `path` if the block succeeds, and is removed if it fails."""
     temporary = path.with_name(f".{path.name}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

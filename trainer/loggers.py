@@ -34,7 +34,7 @@ def log_save_cost(step_seconds: float, blocked_seconds: float, total_seconds: fl
     )
     if needed > allowed and "TORCHELASTIC_RUN_ID" in os.environ:
         logger.warning(
-            "WARNING: a step and a save take %.0f s, but torchrun kills its ranks %.0f s after a SIGTERM: use "
+            "WARNING: a step and a save take %.0f s, but torchrun kills its ranks %.0f s after SIGTERM: use "
             "torchrun --shutdown_timeout=%d (a TORCH_ELASTIC_SHUTDOWN_TIMEOUT as high silences this)",
             *(needed, allowed, math.ceil(3 * needed)),
         )

@@ -27,7 +27,8 @@ def pick_device() -> torch.device:
 def parallelize(
     model: nn.Module, device: torch.device, precision: str, recompute: str | int, compile_layers: bool
 ) -> None:
-    """Shards the model in place and allocates its shards. Compile includes recompute; FSDP gathers around both.
+    """Shards the model in place and allocates its shards. Compile includes recompute; FSDP gathers around
+    both.
 
     precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
     recompute: 'none', 'full', or how many layers recompute their activations during backward.

@@ -18,9 +18,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 class GlobalBatchSampler:
     """Sample indices of one rank's micro-batches, for the positions from `start` to `stop` of the run.
 
-    A global batch's positions go to the ranks micro-batch by micro-batch. Epochs follow each other without a gap,
-    so every epoch shows every sample once and no batch is short. Only the last batch before `stop` lacks samples:
-    its micro-batches are shorter, or empty.
+    A global batch's positions go to the ranks micro-batch by micro-batch. Epochs follow each other without a
+    gap, so every epoch shows every sample once and no batch is short. Only the last batch before `stop` lacks
+    samples: its micro-batches are shorter, or empty.
     """
 
     def __init__(

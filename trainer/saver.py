@@ -45,8 +45,8 @@ class Saver:
     ) -> None:
         """Saves the tensors, distributed or not, as `<save_dir>/<name>` and points `last` at it.
 
-        rng: this rank's random state. began: time.perf_counter() when the caller began. In the background, the
-        caller may change the tensors as soon as this returns.
+        rng: this rank's random state. began: time.perf_counter() when the caller began. In the background,
+        the caller may change the tensors as soon as this returns.
         """
         self.wait()
         folder = self.save_dir / str(name)
@@ -123,7 +123,7 @@ class Saver:
         return f"there is only {self.newest}, untried" if self.newest else "no checkpoint was saved before"
 
     def _up_to(self, folder: Path | None) -> list[Path]:
-        """Finished checkpoints, the newest first; steps later than the folder's belong to an abandoned run."""
+        """Finished checkpoints, the newest first; later steps than the folder's are an abandoned run's."""
         limit = checkpoint.step_of(folder) if folder else -1
         return [path for path in checkpoint.checkpoints(self.save_dir) if checkpoint.step_of(path) <= limit]
 
@@ -156,7 +156,7 @@ class Saver:
         self.total_seconds = time.perf_counter() - began
 
     def _publish(self, folder: Path, files: dict, state: dict) -> None:
-        """All data is on disk; manifest and renames remain. A kill between any two leaves whole checkpoints."""
+        """All data is on disk; only renames remain. A kill between any two leaves whole checkpoints."""
         temporary, replaced = hidden_path(folder, "saving"), hidden_path(folder, "replaced")
         body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
         _write_json(temporary / checkpoint.MANIFEST, {**body, "checksum": checkpoint.json_digest(body)})

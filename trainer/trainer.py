@@ -172,9 +172,9 @@ class Trainer:
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row >= self.options.max_skipped_steps:
                 raise TrainingFailed(
-                    f"the loss or the gradient norm was not finite for {skipped_in_a_row} steps in a row, until "
-                    f"step {state.step}: {self.saver.last_good()}. Lower --learning_rate, raise --warmup_steps, "
-                    "or look at the samples that metrics.jsonl names"
+                    f"the loss or the gradient norm was not finite for {skipped_in_a_row} steps in a row, "
+                    f"until step {state.step}: {self.saver.last_good()}. Lower --learning_rate, raise "
+                    "--warmup_steps, or look at the samples that metrics.jsonl names"
                 )
             self._save_and_validate(epoch, finite, bool(terminated), bool(save_wanted))
         self.saver.wait()
@@ -184,8 +184,9 @@ class Trainer:
     def _train_step(self, micro_batches: list[dict]) -> tuple[float, float, int, bool]:
         """Zero, accumulate, reduce, clip, update.
 
-        Returns the global batch's mean loss in nats per target, its gradient norm, its tokens, and whether the
-        two are finite. Otherwise the update is skipped; all ranks skip together, as both are sums over all ranks.
+        Returns the global batch's mean loss in nats per target, its gradient norm, its tokens, and whether
+        the two are finite. Otherwise the update is skipped; all ranks skip together, as both are sums over
+        all ranks.
         """
         self.optimizer.zero_grad()
         loss_sum, targets, tokens = 0.0, 0, 0
