@@ -63,21 +63,17 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, action, folder, files, commit, body):
         """What the API says; nothing for an unknown action or an empty folder."""
-        entries = {
-            name: {"type": "file", "path": name, "size": len(content), "oid": sha1(content)}
-            for name, content in files.items()
-        }
         if action == "revision":
-            siblings = [{"rfilename": name} for name in files]
-            return {"id": commit, "sha": commit, "siblings": siblings}
+            return {"id": commit, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        sizes = {name: {"size": len(content), "oid": sha1(content)} for name, content in files.items()}
+        entries = {name: {"type": "file", "path": name, **size} for name, size in sizes.items()}
         if action == "paths-info":
             wanted = parse_qs(body).get("paths") or json.loads(body)["paths"]
             return [entry for name, entry in entries.items() if name in wanted]
         if action != "tree":
             return None
-        prefix = folder + "/" if folder else ""
+        prefix, recursive = folder + "/" if folder else "", "recursive=true" in self.path.lower()
         inside = {name.removeprefix(prefix): name for name in files if name.startswith(prefix)}
-        recursive = "recursive=true" in self.path.lower()
         found = [entries[name] for rest, name in inside.items() if recursive or "/" not in rest]
         folders = sorted({prefix + rest.split("/")[0] for rest in inside if "/" in rest})
         return found + [{"type": "directory", "path": name, "size": 0, "oid": commit} for name in folders]
