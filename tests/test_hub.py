@@ -3,15 +3,13 @@
 import json
 import math
 import socket
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.corpora import facts, make_texts, rows
 from helpers.hub import serve
-from helpers.runs import ROOT, environment
+from helpers.runs import python
 
 SENTENCES = make_texts(2000, most=12)
 # One process tries every case and prints what each returns, or its error.
@@ -88,11 +86,8 @@ def hub(tiny):
 
 def try_all(cases: list[str], folder, **env) -> dict:
     """What each case ("KIND NAME") returns, or its error."""
-    env = environment(**{"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)} | env)
-    command = [sys.executable, "-c", TRY_ALL, json.dumps(cases)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    env = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)} | env
+    return json.loads(python("-c", TRY_ALL, json.dumps(cases), **env).stdout.splitlines()[-1])
 
 
 def test_models_and_data_come_from_the_hub_no_script_runs_and_troubles_are_sentences(hub, tmp_path):
@@ -116,18 +111,12 @@ def test_without_a_network_the_cache_is_used_and_the_rest_is_a_sentence(hub, tmp
 
 
 def test_bookcorpus_sentences_become_documents_of_at_least_a_sample(hub, tiny, tmp_path):
-    command = [sys.executable, "train.py", "--prepare_data", f"--model_id={tiny}", "--max_seq_len=64"]
-    command.append(f"--dataset_path={tmp_path / 'prepared'}")
-
-    def prepare(**env):
-        env = environment(HF_HOME=str(tmp_path / "home"), **env)
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    prepare(HF_HUB_OFFLINE="0", HF_ENDPOINT=hub)
-    summary = facts(tmp_path / "prepared")
+    prepared, home = tmp_path / "prepared", str(tmp_path / "home")
+    command = ["train.py", "--prepare_data", f"--model_id={tiny}", "--max_seq_len=64"]
+    command.append(f"--dataset_path={prepared}")
+    python(*command, HF_HOME=home, HF_HUB_OFFLINE="0", HF_ENDPOINT=hub)
+    summary = facts(prepared)
     assert sum(summary["documents"].values()) < len(SENTENCES) / 2
     assert set(summary["documents_by_length"]) == {"64-127"}
-    assert len(rows(tmp_path / "prepared", "train")) == summary["samples"]["train"]
-    assert "already prepared" in prepare(HF_HUB_OFFLINE="1"), "finding prepared data needs no hub"
+    assert len(rows(prepared, "train")) == summary["samples"]["train"]
+    assert "already prepared" in python(*command, HF_HOME=home).stdout, "finding prepared data needs no hub"

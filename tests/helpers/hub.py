@@ -18,9 +18,6 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args):
-        pass
-
     def reply(self, status: int, body: bytes = b"", **headers):
         self.send_response(status)
         for name, value in headers.items():
@@ -83,10 +80,7 @@ class Hub(BaseHTTPRequestHandler):
 def serve(repos, trouble):
     """The address of a hub with these repositories."""
     Hub.repos, Hub.trouble, Hub.requests = repos, trouble, Counter()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
         server.shutdown()
-        server.server_close()
