@@ -46,9 +46,9 @@ def test_the_llama3_tokenizer_has_its_layout_and_template_and_round_trips():
     assert tokenizer.apply_chat_template(turns, tokenize=False) == expected + "yes<|eot_id|>"
 
 
-@pytest.mark.parametrize("name, separator", [("llama3", 128001), ("smollm2-135m", 0), ("small", 0)])
-def test_a_document_ends_with_the_separator_by_name(name, separator):
-    assert assets.document_separator(real_tokenizer(name)) == separator
+def test_a_document_ends_with_the_separator_by_name():
+    names = ("llama3", "smollm2-135m", "small")
+    assert [assets.document_separator(real_tokenizer(name)) for name in names] == [128001, 0, 0]
 
 
 def test_the_packaged_model_keeps_its_bits_and_understands_english():
@@ -123,9 +123,8 @@ def test_a_missing_or_damaged_file_is_a_sentence(tiny, tmp_path, name, content, 
 def test_text_is_not_generated_from_weights_that_lack_a_parameter(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lack model.norm.weight"):
+    save_file(dict(list(weights.items())[1:]), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lack {list(weights)[0]}"):
         generate_text(folder, load_tokenizer(str(folder)), "a", 1, 0, "fp32")
 
 

@@ -15,13 +15,11 @@ BOUNDS = [[0, 24, 48], [0, 10, 24, 30, 48], [0, 1, 2, 24, 47, 48]]
 
 
 def masked_attention(query, key, value, bounds):
-    """The same by a mask over all tokens laid end to end."""
-    q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, H).transpose(1, 2) for x in (query, key, value))
-    k, v = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1)
-    document = torch.bucketize(torch.arange(B * T), torch.tensor(bounds), right=True)
-    mask = (document[:, None] == document) & torch.ones(B * T, B * T, dtype=torch.bool).tril()
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).reshape(B, T, N, H)
+    """The same by a mask over each row."""
+    document = torch.bucketize(torch.arange(B * T), torch.tensor(bounds), right=True).view(B, 1, T)
+    mask = (document[..., None] == document[..., None, :]) & torch.ones(T, T, dtype=torch.bool).tril()
+    key, value = key.repeat_interleave(N // K, 1), value.repeat_interleave(N // K, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def queries_keys_values(**options):
@@ -94,8 +92,7 @@ def test_fresh_values_depend_on_seed_and_name_and_not_on_how_they_are_cut(model,
 
 def test_parameters_wait_on_the_meta_device_and_rope_is_real_and_in_fp32(model):
     assert all(parameter.is_meta for parameter in model.parameters())
-    for name, buffer in model.named_buffers():
-        assert buffer.dtype == torch.float32 and buffer.device.type == "cpu", name
+    assert {(x.dtype, x.device.type) for x in model.buffers()} == {(torch.float32, "cpu")}
 
 
 def test_tied_embeddings_are_one_parameter():

@@ -18,9 +18,6 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args):
-        pass
-
     def reply(self, status: int, body: bytes = b"", **headers):
         self.send_response(status)
         for name, value in headers.items():
@@ -63,21 +60,17 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, action, folder, files, commit, body):
         """What the API says; nothing for an unknown action or an empty folder."""
-        entries = {
-            name: {"type": "file", "path": name, "size": len(content), "oid": sha1(content)}
-            for name, content in files.items()
-        }
         if action == "revision":
-            siblings = [{"rfilename": name} for name in files]
-            return {"id": commit, "sha": commit, "siblings": siblings}
+            return {"id": commit, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        sizes = {name: {"size": len(content), "oid": sha1(content)} for name, content in files.items()}
+        entries = {name: {"type": "file", "path": name, **size} for name, size in sizes.items()}
         if action == "paths-info":
             wanted = parse_qs(body).get("paths") or json.loads(body)["paths"]
             return [entry for name, entry in entries.items() if name in wanted]
         if action != "tree":
             return None
-        prefix = folder + "/" if folder else ""
+        prefix, recursive = folder + "/" if folder else "", "recursive=true" in self.path.lower()
         inside = {name.removeprefix(prefix): name for name in files if name.startswith(prefix)}
-        recursive = "recursive=true" in self.path.lower()
         found = [entries[name] for rest, name in inside.items() if recursive or "/" not in rest]
         folders = sorted({prefix + rest.split("/")[0] for rest in inside if "/" in rest})
         return found + [{"type": "directory", "path": name, "size": 0, "oid": commit} for name in folders]
@@ -87,10 +80,7 @@ class Hub(BaseHTTPRequestHandler):
 def serve(repos, trouble):
     """The address of a hub with these repositories."""
     Hub.repos, Hub.trouble, Hub.requests = repos, trouble, Counter()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
         server.shutdown()
-        server.server_close()
