@@ -226,8 +226,8 @@ OTHER_SETTINGS = {
     "seed 0, now 1": dict(seed=1),
     "validation_fraction 0.01, now 0.5": dict(validation_fraction=0.5),
     "text_column None, now body": dict(text_column="body"),
-    "source ": dict(records=make_texts(50, seed=1)),
-    "tokenizer ": dict(tokenizer=real_tokenizer("smollm2-135m")),
+    "another source or changed files": dict(records=make_texts(50, seed=1)),
+    "another tokenizer": dict(tokenizer=real_tokenizer("smollm2-135m")),
 }
 
 
