@@ -192,16 +192,13 @@ def build_trainer(args):
         check_folder(Path(folder), inputs, resumed is not None)
     if args.mode == "train" and samples < needed:
         fix = "prepare more text, or lower --global_batch_size or --grad_accumulation_steps"
-        raise ValueError(
-            f"{args.dataset_path} has {samples} training samples, a global batch {needed}: {fix}"
-        )
+        has = f"{args.dataset_path} has {samples} training samples, a global batch {needed}"
+        raise ValueError(f"{has}: {fix}")
     if args.mode == "evaluate" and not train_args.dataset.val_args:
         fix = "prepare it with a larger --validation_fraction"
         raise ValueError(f"{args.dataset_path} has no validation samples: {fix}")
     if args.mode == "evaluate" and args.resume_from and not resumed:
-        raise ValueError(
-            f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}: train first"
-        )
+        raise ValueError(f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}")
     return engine.trainer_class(engine_name)(train_args=train_args, options=engine_options(args, engine_name))
 
 
@@ -276,9 +273,8 @@ def engine_options(args, engine_name: str):
     if recompute == "auto":  # nnScaler's 'dp' cannot recompute
         recompute = "full" if native or (on_cuda and args.pas_policy == "autodist") else "none"
     options = dict(recompute=recompute, compile=on[args.compile], async_save=on[args.async_save])
-    return NativeOptions(
-        validate_first=args.demo, **options, **chosen(args, "deterministic", "max_skipped_steps")
-    )
+    options |= chosen(args, "deterministic", "max_skipped_steps")
+    return NativeOptions(validate_first=args.demo, **options)
 
 
 def schedule(args, resumed: dict | None):

@@ -23,10 +23,8 @@ def draw(log_dir: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows, panels = (
-        read_metrics(log_dir),
-        [("train_loss", "val_loss"), ("lr",), ("gnorm",), ("tokens_per_second",)],
-    )
+    rows = read_metrics(log_dir)
+    panels = [("train_loss", "val_loss"), ("lr",), ("gnorm",), ("tokens_per_second",)]
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, names in zip(axes.flat, panels, strict=True):
         for name in names:

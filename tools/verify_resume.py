@@ -31,11 +31,8 @@ def verify(script: Path, given: dict, folder: Path, ranks: int, steps: int) -> s
     shutil.rmtree(folder, ignore_errors=True)
     every = max(1, steps // 4)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    flags = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in given.items()
-        if name not in OWN
-    ]
+    kept = {name: value for name, value in given.items() if name not in OWN}
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in kept.items()]
     flags += [f"--max_train_steps={steps}", f"--save_every_n_train_steps={every}", "--deterministic"]
 
     def start(run: str, *more: str) -> subprocess.Popen:
@@ -67,10 +64,8 @@ def verify(script: Path, given: dict, folder: Path, ranks: int, steps: int) -> s
 
 def _tail(folder: Path) -> str:
     output = (folder / "output.txt").read_text()
-    return (
-        "\n".join([line for line in output.splitlines() if line.startswith("train.py:")][-3:])
-        or output[-1500:]
-    )
+    lines = [line for line in output.splitlines() if line.startswith("train.py:")]
+    return "\n".join(lines[-3:]) or output[-1500:]
 
 
 def _finish(process: subprocess.Popen) -> int:
@@ -94,9 +89,8 @@ def _kill_after(process: subprocess.Popen, log_dir: Path, step: int) -> bool:
     """Kills the run up to 0.2 s after it has logged the step; False: it ended before."""
     try:
         while process.poll() is None:
-            if (log_dir / "metrics.jsonl").exists() and any(
-                row["step"] >= step for row in read_metrics(log_dir)
-            ):
+            rows = read_metrics(log_dir) if (log_dir / "metrics.jsonl").exists() else []
+            if any(row["step"] >= step for row in rows):
                 time.sleep(random.uniform(0, 0.2))
                 break
             time.sleep(0.001)

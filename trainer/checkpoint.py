@@ -199,17 +199,9 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"{what} cannot be read: {error}") from None
             if found != expected:
-                raise CheckpointError(
-                    f"{what} does not match its checksum: it was damaged after it was saved"
-                )
+                raise CheckpointError(f"{what} does not match its checksum: it was damaged later")
 
-    def read(
-        self,
-        name: str,
-        box: Box | None = None,
-        out: torch.Tensor | None = None,
-        expected: tuple | None = None,
-    ) -> torch.Tensor:
+    def read(self, name: str, box: Box | None = None, out=None, expected: tuple | None = None):
         """Copies a box of the tensor (default: all of it) into `out`, or into a new tensor on the CPU.
 
         Raises CheckpointError if it is not all there, or if the whole tensor's shape is not the expected one.
@@ -229,9 +221,8 @@ class Checkpoint:
                 out[common.inside(box).slices].copy_(reader.read(name, common.inside(held)))
                 missing -= common.size
         if missing:
-            raise CheckpointError(
-                f"{self.path}: {missing} of {box.size} elements of tensor {name} are missing"
-            )
+            lack = f"{missing} of {box.size} elements of tensor {name} are missing"
+            raise CheckpointError(f"{self.path}: {lack}")
         return out
 
     @property
@@ -254,9 +245,8 @@ class Checkpoint:
         self.verify()
         state = {**self.state, "val_loss": self.val_loss}
         metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}
-        metadata["digests"] = json.dumps(
-            dict.fromkeys(self.tensors, "0" * 32)
-        )  # known only after the copying
+        unknown = dict.fromkeys(self.tensors, "0" * 32)  # the checksums follow after the copying
+        metadata["digests"] = json.dumps(unknown)
         with temporary_sibling(out_file) as new, TensorFileWriter(new, self.tensors, metadata) as writer:
             for name in self.tensors:
                 writer.add(name, self.read(name))

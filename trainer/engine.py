@@ -33,9 +33,7 @@ def _missing_for_nnscaler() -> str | None:
     import torch
 
     if torch.cuda.device_count() == 0:
-        return (
-            "nnScaler needs CUDA, and there is no CUDA device: run where torch.cuda.device_count() is above 0"
-        )
+        return "nnScaler needs CUDA, and there is no CUDA device: run where torch finds one"
     return None
 
 
@@ -58,9 +56,7 @@ def open_checkpoint(path: Path):
     from trainer.nnscaler_engine.files import NnScalerCheckpoint, is_nnscaler
 
     if not path.exists():
-        raise CheckpointError(
-            f"there is no checkpoint {path}: train first, or name a folder or a merged file"
-        )
+        raise CheckpointError(f"there is no checkpoint {path}: train first, or name a merged file or folder")
     return NnScalerCheckpoint(path) if is_nnscaler(path) else Checkpoint.open(path)
 
 

@@ -28,10 +28,8 @@ def progress_line(step: int, last_step: int, metrics: dict) -> str:
 def log_save_cost(step_seconds: float, blocked_seconds: float, total_seconds: float) -> None:
     """Says what a save cost, and warns if torchrun would kill the ranks before a step and a save are over."""
     logger.info("the save blocked training for %.2f s and took %.2f s", blocked_seconds, total_seconds)
-    needed, allowed = (
-        step_seconds + total_seconds,
-        float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)),
-    )
+    needed = step_seconds + total_seconds
+    allowed = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     if needed > allowed and "TORCHELASTIC_RUN_ID" in os.environ:
         logger.warning(
             "WARNING: a step and a save take %.0f s, but torchrun kills its ranks %.0f s after SIGTERM: use "

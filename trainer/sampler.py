@@ -35,13 +35,9 @@ class GlobalBatchSampler:
         start: int = 0,
         stop: int | None = None,
     ):
-        self.num_samples, self.micro_batch_size, self.accumulation = (
-            num_samples,
-            micro_batch_size,
-            accumulation,
-        )
-        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
-        self.start, self.stop = start, stop
+        self.num_samples, self.micro_batch_size = num_samples, micro_batch_size
+        self.accumulation, self.seed, self.shuffle = accumulation, seed, shuffle
+        self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
 
     def __iter__(self) -> Iterator[list[int]]:
         position = self.start

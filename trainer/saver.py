@@ -40,10 +40,8 @@ class Saver:
         self.good = good  # the newest one from which a step succeeded
         self._thread, self._saving = ThreadPoolExecutor(1, "checkpoint"), None
 
-    def save(
-        self, name: CheckpointName, tensors: dict[str, torch.Tensor], state: dict, rng: str, began: float
-    ) -> None:
-        """Saves the tensors, distributed or not, as `<save_dir>/<name>` and points `last` at it.
+    def save(self, name: CheckpointName, tensors: dict, state: dict, rng: str, began: float) -> None:
+        """Saves the tensors (name -> tensor, distributed or not) as `<save_dir>/<name>`; `last` names it.
 
         rng: this rank's random state. began: time.perf_counter() when the caller began. In the background,
         the caller may change the tensors as soon as this returns.

@@ -137,9 +137,7 @@ def _open_verified(path: Path, control) -> tuple[Checkpoint | None, str | None]:
 
 
 @torch.no_grad()
-def restore_optimizer(
-    source: Checkpoint, optimizer, names: dict[torch.nn.Parameter, str], updates: int
-) -> None:
+def restore_optimizer(source: Checkpoint, optimizer, names: dict, updates: int) -> None:
     """Reads this rank's part of the optimizer's state, which was saved after so many updates."""
     keys = sorted({name.rsplit(".", 1)[1] for name in source.tensors if name.startswith("optimizer.")})
     for parameter, name in names.items() if updates else []:

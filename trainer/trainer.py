@@ -154,9 +154,8 @@ class Trainer:
             state.updates += finite
             self._step_scheduler(1)
             self.step_seconds = time.perf_counter() - began
-            memory, save_failed, terminated, save_wanted = self._largest(
-                peak_memory_gib(self.device), self.saver.failed, *self.signals.values()
-            )
+            news = (peak_memory_gib(self.device), self.saver.failed, *self.signals.values())
+            memory, save_failed, terminated, save_wanted = self._largest(*news)
             metrics |= {"tokens": state.tokens, "tokens_per_second": tokens / self.step_seconds}
             metrics |= {"step_seconds": self.step_seconds, "data_seconds": data_seconds}
             metrics["peak_memory_gib"] = memory
