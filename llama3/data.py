@@ -63,7 +63,8 @@ def prepare(
             for stale in {*work.glob("*")} - {folder}:
                 shutil.rmtree(stale)
             documents = sources.read_documents(dataset_id, files, text_column)
-            encoder = Encoder(tokenizer, max_seq_len if dataset_id in sources.BOOKCORPUS else 0)
+            joins = not files and dataset_id.partition(":")[0] in sources.BOOKCORPUS
+            encoder = Encoder(tokenizer, max_seq_len if joins else 0)
             paths = shards.tokenize(
                 documents, encoder, seed, folder, num_proc or len(os.sched_getaffinity(0))
             )

@@ -96,8 +96,9 @@ class Encoder:
 
     def conversation(self, messages: list[dict]) -> list[Segment]:
         """A chat in the tokenizer's template; assistant turns are learned. Raises BadSample, EncodeError."""
-        if not self.chat_checked:
-            self._check_chat()
+        if not self.tokenizer.chat_template:
+            what = "these are conversations, but the tokenizer has no chat template"
+            raise EncodeError(f"{what}: name an Instruct model's --tokenizer_id")
         # A control token's name inside a message must not reach the template as such.
         hide = partial(self.control_pattern.sub, lambda match: self.hidden[match[0]])
         hidden = [dict(message, content=hide(message["content"])) for message in messages]
@@ -115,7 +116,10 @@ class Encoder:
             segments += self._split(whole[position : len(prompt)], False)
             segments += self._split(whole[len(prompt) : end], True)
             position = end
-        return segments + self._split(whole[position:], False)
+        segments += self._split(whole[position:], False)
+        if not self.chat_checked and hidden == messages:
+            self._check_chat(segments, whole)
+        return segments
 
     def _render(self, messages: list[dict], **options) -> str:
         try:
@@ -128,15 +132,10 @@ class Encoder:
         parts = filter(None, self.control_pattern.split(rendered))
         return [(self.control.get(part, part.translate(self.shown)), learned) for part in parts]
 
-    def _check_chat(self) -> None:
-        """Segments are encoded apart: raise EncodeError if a text's tokens depend on what is around it."""
-        if not self.tokenizer.chat_template:
-            what = "these are conversations, but the tokenizer has no chat template"
-            raise EncodeError(f"{what}: name an Instruct model's --tokenizer_id")
-        self.chat_checked = True
-        messages = [dict(role="user", content="Is it so?"), dict(role="assistant", content="It is.")]
-        ids, _, _ = self._encode([self.conversation(messages)])
-        whole = self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
-        if ids.tolist() != whole:
+    def _check_chat(self, segments: list[Segment], rendered: str) -> None:
+        """Segments are encoded apart: raises EncodeError if a text's tokens depend on what is around it."""
+        ids, _, _ = self._encode([segments])
+        if ids.tolist() != self.tokenizer(rendered, add_special_tokens=False)["input_ids"]:
             what = "this tokenizer's text depends on the control tokens around it"
             raise EncodeError(f"{what}: use a byte-level one, such as Llama 3's")
+        self.chat_checked = True

@@ -1,14 +1,15 @@
 """Writes named tensors as a Hugging Face folder, and samples text from such a folder."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
-from llama3.assets import DOCUMENT_SEPARATORS
+from llama3.assets import DOCUMENT_SEPARATORS, document_separator
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 EXPORT_MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the weights
@@ -23,8 +24,9 @@ def export_hf(
     writes a safetensors file one tensor at a time, so that memory holds no more than one.
     An export replaces an earlier one; raises ValueError if `folder` holds anything else.
     """
-    weights = folder / "model.safetensors"
-    mark = safe_open(weights, "pt").metadata() if weights.is_file() else None
+    folder, mark = folder.resolve(), None
+    with contextlib.suppress(SafetensorError, FileNotFoundError):
+        mark = safe_open(folder / "model.safetensors", "pt").metadata()
     if folder.exists() and any(folder.iterdir()) and not EXPORT_MARK.items() <= (mark or {}).items():
         raise ValueError(f"{folder} holds something other than an exported model: give another --output_path")
     temporary = folder.with_name(f".{folder.name}.new")
@@ -53,7 +55,8 @@ def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
     vocabulary, eos = tokenizer.get_vocab(), config.eos_token_id
     names = (*DOCUMENT_SEPARATORS, "<|eot_id|>", "<|im_end|>")
     stops = [vocabulary[name] for name in names if name in vocabulary]
-    stops = sorted({*stops, *(eos if isinstance(eos, list) else [eos])} - {None})
+    stops = {*stops, document_separator(tokenizer), *(eos if isinstance(eos, list) else [eos])}
+    stops = sorted(stops - {None})
     pad = (stops or [None])[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stops or None, pad_token_id=pad)
 

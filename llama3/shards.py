@@ -1,6 +1,7 @@
 """Tokenizes documents in shards, with several processes; a shard is written once and kept."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -54,9 +55,12 @@ def write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> l
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
-        with pa.ipc.new_stream(str(partial), schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
+        with open(partial, "wb") as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
         partial.rename(path)
     return read(path)
 
@@ -80,6 +84,7 @@ def _blocks(documents: Iterator[Document]) -> Iterator[pa.RecordBatch]:
 def _begin_worker(parent: int, *work) -> None:
     global _work
     _work = work
+    gc.freeze()  # what the parent made is not the worker's to destroy
     # The pool stops its workers with SIGTERM, which the parent's handler would survive.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it

@@ -49,10 +49,11 @@ def read_documents(dataset_id: str, files: list[Path] | None, text_column: str |
             yield from _read_rows(table, dataset_id, first, text_column)
             first += len(table)
     for path in files or ():
+        name = os.fsencode(path).decode(errors="replace")
         try:
-            yield from _reader(path)(pa.input_stream(str(path)), str(path), text_column)
+            yield from _reader(path)(pa.input_stream(str(path)), name, text_column)
         except (OSError, pa.ArrowException, BadSample) as error:
-            yield Document(str(path), problem=_problem(error))
+            yield Document(name, problem=_problem(error))
 
 
 def _read_text(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
@@ -171,7 +172,8 @@ def find_files(dataset_id: str) -> list[Path] | None:
     if not exists and not _reader(dataset_id) and re.fullmatch(hub_id, dataset_id):
         return None
     found, kinds = [], ", ".join(READERS)
-    for name in [dataset_id] if exists else map(str.strip, dataset_id.split(",")):
+    names = [dataset_id] if exists else [name.strip() for name in dataset_id.split(",")]
+    for name in map(os.path.expanduser, names):
         pattern = glob.escape(name) + "/**" * os.path.isdir(name) if os.path.exists(name) else name
         files = [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         usable = [path for path in files if _reader(path)]
@@ -189,7 +191,7 @@ def identity(files: list[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in files:
         stat = path.stat()
-        large = stat.st_size > 4 << 20
+        large = stat.st_size > 4 << 20 or not os.access(path, os.R_OK)
         content = f"{stat.st_size} {stat.st_mtime_ns}".encode() if large else path.read_bytes()
         digest.update(os.fsencode(path.name) + b"\0" + content + b"\0")
     return digest.hexdigest()

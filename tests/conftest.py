@@ -1,9 +1,17 @@
 """Fixtures that all tests share: a tiny model, prepared text, and the flags of a run on them."""
 
+import gc
 from pathlib import Path
 
 import pytest
 from helpers.runs import make_model, make_text, prepare
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left():
+    """Frees the process groups of runs that failed: a process forked later must not find them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
