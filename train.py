@@ -182,6 +182,8 @@ def build_trainer(args):
 
     engine_name = engine.choose(args.engine) if args.mode == "train" else "native"
     resumed = engine.resume_state(args.resume_from, args.save_dir, engine_name)
+    if args.mode == "evaluate" and args.resume_from and not resumed:
+        raise ValueError(f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}")
     config = assets.load_config(args.model_id, args.num_hidden_layers)
     if not args.from_scratch and not resumed:
         assets.weight_files(args.model_id)  # downloads them now, so that no rank waits for it later
@@ -197,8 +199,6 @@ def build_trainer(args):
     if args.mode == "evaluate" and not train_args.dataset.val_args:
         fix = "prepare it with a larger --validation_fraction"
         raise ValueError(f"{args.dataset_path} has no validation samples: {fix}")
-    if args.mode == "evaluate" and args.resume_from and not resumed:
-        raise ValueError(f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}")
     return engine.trainer_class(engine_name)(train_args=train_args, options=engine_options(args, engine_name))
 
 
@@ -386,8 +386,8 @@ def verify_resume(args) -> None:
 # Mode -> (function, how argparse reads it, help).
 MODES = {
     "prepare_data": (prepare, SWITCH, "download or read, tokenize, pack, split, save"),
-    "merge_checkpoint": (merge, dict(nargs="?", const="", metavar="DIR"), "one file from shards"),
-    "export_hf": (export, dict(nargs="?", const="", metavar="PATH"), "a Hugging Face folder"),
+    "merge_checkpoint": (merge, dict(nargs="?", const="", type=path, metavar="DIR"), "one file from shards"),
+    "export_hf": (export, dict(nargs="?", const="", type=path, metavar="PATH"), "a Hugging Face folder"),
     "evaluate": (evaluate, SWITCH, "validation loss of the model, or of --resume_from"),
     "generate": (generate, dict(metavar="PROMPT"), "a sample from the model, or from --resume_from"),
     "verify_resume": (verify_resume, SWITCH, "train, kill, resume, and compare bit for bit"),

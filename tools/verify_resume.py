@@ -49,7 +49,7 @@ def verify(script: Path, given: dict, folder: Path, ranks: int, steps: int) -> s
         step = random.randint(1, min(3, (steps - 1) // every)) * every  # this step is saved
         logger.info("2 of 3: the same, killed about the time when step %d is saved", step)
         shutil.rmtree(folder / "killed", ignore_errors=True)
-        if _kill_after(start("killed"), folder / "killed" / "log", step):
+        if _kill_after(start("killed"), folder / "killed", step):
             break
     else:
         raise ValueError("the run ends too soon to be killed: give more --max_train_steps")
@@ -85,12 +85,13 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _kill_after(process: subprocess.Popen, log_dir: Path, step: int) -> bool:
-    """Kills the run up to 0.2 s after it has logged the step; False: it ended before."""
+def _kill_after(process: subprocess.Popen, run: Path, step: int) -> bool:
+    """Kills the run up to 0.2 s after it has logged the step and saved one; False: it ended before."""
+    log_dir, last = run / "log", run / "checkpoints" / "last"
     try:
         while process.poll() is None:
             rows = read_metrics(log_dir) if (log_dir / "metrics.jsonl").exists() else []
-            if any(row["step"] >= step for row in rows):
+            if any(row["step"] >= step for row in rows) and last.exists():
                 time.sleep(random.uniform(0, 0.2))
                 break
             time.sleep(0.001)

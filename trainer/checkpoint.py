@@ -171,7 +171,7 @@ class Checkpoint:
         state, digests = json.loads(reader.metadata["state"]), json.loads(reader.metadata["digests"])
         if json_digest(state) != reader.metadata.get("state_digest") or set(digests) != set(reader.tensors):
             raise CheckpointError(f"{path}: its metadata was altered: merge the checkpoint again")
-        opened = cls(path, state, val_loss=state["val_loss"])
+        opened = cls(path, state, val_loss=state.get("val_loss"))
         for name, digest in sorted(digests.items()):
             opened._add_whole(name, reader)
             compute = functools.partial(reader.tensor_digest, name)
@@ -181,7 +181,7 @@ class Checkpoint:
     @classmethod
     def of_weights(cls, files: dict[str, Path]) -> "Checkpoint":
         """A pretrained model's weights, which have no state and no checksums. files: name -> file."""
-        readers = {path: TensorFileReader(path) for path in files.values()}
+        readers = {path: TensorFileReader(path) for path in dict.fromkeys(files.values())}
         opened = cls(next(iter(readers)).parent)
         for name, path in files.items():
             opened._add_whole(name, readers[path])

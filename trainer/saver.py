@@ -109,7 +109,7 @@ class Saver:
         self.wait()
         if self.newest and self.is_first:
             (self.save_dir / "last").unlink()
-            if self.good and self.good.parent == self.save_dir.resolve():
+            if self.good in [path.resolve() for path in checkpoint.checkpoints(self.save_dir)]:
                 _swap_link(self.save_dir, "last", self.good.name)
             _remove(self.newest)
         self.newest = None

@@ -143,7 +143,8 @@ class TensorFileWriter:
     def replace_metadata(self, metadata: dict[str, str]) -> None:
         """Rewrites the header with metadata of the same length. The file's checksum no longer holds."""
         before, self._metadata = len(self._header()), metadata
-        assert os.pwrite(self._file.fileno(), self._header(), 0) == before
+        written = os.pwrite(self._file.fileno(), self._header(), 0)
+        assert written == before
 
     def finish(self) -> dict:
         """Flushes everything to disk; returns the file's size and checksum."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from trainer import parallel, setup
 from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
-from trainer.checkpoint import CheckpointName, checkpoints
+from trainer.checkpoint import CheckpointError, CheckpointName, checkpoints
 from trainer.loggers import log_save_cost, perplexity, progress_line
 from trainer.sampler import GlobalBatchSampler, load_batches
 from trainer.saver import Saver, clean_up, set_aside
@@ -114,17 +114,23 @@ class Trainer:
             self.loggers = [config.type(**config.args) for config in args.log]
             for log in self.loggers:
                 log.setup(self.state.step)
-        keep, good = args.checkpoint.keep_last_n_checkpoints, self.resumed.path if self.resumed else None
+        keep, proved = args.checkpoint.keep_last_n_checkpoints, not self._validation_is_missing()
+        good = self.resumed.path if self.resumed and proved else None
         group = dist.new_group(backend="gloo")
         self.saver = Saver(self.save_dir, keep, self.options.async_save, group, good)
         return True
 
     def _restore(self) -> None:
         source, seed = self.resumed, self.args.seed
+        if "updates" not in source.state:
+            fix = "start from its weights (--export_hf, then --model_id)"
+            raise CheckpointError(f"an earlier version of this program wrote {source.path}: {fix}")
         self.state = TrainState.from_dict(source.state)
         setup.restore_optimizer(source, self.optimizer, self.names, self.state.updates)
         if len(source.rng) == self.world_size:
             setup.set_rng_state(source.rng[self.rank])
+        source.boxes.clear()  # unmaps the files: pruning them frees their space
+        source.checks.clear()
         if (before := source.state["seed"]) != seed:
             logger.warning("WARNING: the seed was %s, now %s: the order of the samples changes", before, seed)
         step, samples = self.state.step, self.state.samples
@@ -138,7 +144,8 @@ class Trainer:
         batches = load_batches(self.train_set, self.sampler, args.dataloader.train_args, self.device)
         if self._validation_is_missing():
             name = CheckpointName(self.resumed.state["epoch"], state.step)
-            self._validate_and_log(name if (self.save_dir / str(name)).is_dir() else None)
+            ours = self.resumed.path == (self.save_dir / str(name)).resolve()
+            self._validate_and_log(name if ours else None)
         elif self.options.validate_first and not self.resumed and self.val_set is not None:
             self._validate_and_log(None)
         skipped_in_a_row = 0
