@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from trainer.tensorfile import Box, TensorFileReader, TensorFileWriter, file_digest
+from trainer.tensorfile import Box, TensorFileReader, TensorFileWriter, file_digest, tensor_digest
 
 MANIFEST = "manifest.json"
 
@@ -192,7 +192,7 @@ class Checkpoint:
         self.boxes[name] = {Box.whole(reader.tensors[name][1]): reader}
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Checks each `parts`-th file (in a merged file: tensor) against its checksum."""
+        """Checks each `parts`-th file (in a merged file: tensor); raises CheckpointError if it is damaged."""
         for what, expected, compute in self.checks[part::parts]:
             try:
                 found = compute()
@@ -245,12 +245,14 @@ class Checkpoint:
         self.verify()
         state = {**self.state, "val_loss": self.val_loss}
         metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}
-        unknown = dict.fromkeys(self.tensors, "0" * 32)  # the checksums follow after the copying
-        metadata["digests"] = json.dumps(unknown)
+        digests = dict.fromkeys(self.tensors, "0" * 32)  # the checksums follow after the copying
+        metadata["digests"] = json.dumps(digests)
         with temporary_sibling(out_file) as new, TensorFileWriter(new, self.tensors, metadata) as writer:
             for name in self.tensors:
-                writer.add(name, self.read(name))
-            writer.replace_metadata({**metadata, "digests": json.dumps(writer.digests)})
+                writer.add(name, tensor := self.read(name))
+                digests[name] = tensor_digest(tensor)
+                del tensor  # free it before the next one is read
+            writer.replace_metadata({**metadata, "digests": json.dumps(digests)})
             writer.finish()
         return out_file
 

@@ -79,8 +79,12 @@ class TensorFileReader:
         return self._file.get_slice(name)[box.slices] if box.shape else self._file.get_tensor(name)
 
     def tensor_digest(self, name: str) -> str:
-        """The checksum of the tensor's bytes."""
-        return xxhash.xxh3_128_hexdigest(tensor_bytes(self._file.get_tensor(name)))
+        return tensor_digest(self._file.get_tensor(name))
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """The checksum of the tensor's bytes."""
+    return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))
 
 
 def file_digest(path: Path) -> str:
@@ -93,13 +97,9 @@ def file_digest(path: Path) -> str:
 
 
 class TensorFileWriter:
-    """Writes one safetensors file, tensor by tensor in the order of `specs`: name -> (dtype, shape).
-
-    `digests` collects each tensor's checksum. OSErrors carry the file's name.
-    """
+    """Writes one safetensors file, tensor by tensor in the order of `specs`: name -> (dtype, shape)."""
 
     def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, tuple]], metadata: dict[str, str]):
-        self.digests: dict[str, str] = {}
         self._path, self._specs, self._metadata = path, specs, metadata
         self._remaining, self._hash, self._size = iter(specs), xxhash.xxh3_128(), 0
         self._file = open(path, "wb", buffering=0)
@@ -122,12 +122,10 @@ class TensorFileWriter:
         return struct.pack("<Q", len(encoded)) + encoded
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds the next tensor, from any device."""
+        """Adds the next tensor, from any device. An OSError carries the file's name."""
         assert name == next(self._remaining), name
         assert self._specs[name] == (tensor.dtype, tuple(tensor.shape)), name
-        data = tensor_bytes(tensor)
-        self._write(data)
-        self.digests[name] = xxhash.xxh3_128_hexdigest(data)
+        self._write(tensor_bytes(tensor))
 
     def _write(self, data: memoryview) -> None:
         while data:
