@@ -10,17 +10,25 @@ python train.py --demo --export_hf                      a Hugging Face folder
 """
 
 import argparse
+import contextlib
+import difflib
+import errno
+import json
 import logging
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from llama3 import presets
 from trainer.args import TrainingFailed
+from trainer.ending import complain, record
 
 logger = logging.getLogger("train")
 
@@ -66,29 +74,50 @@ FLAGS = {
     "keep_last_n_checkpoints": (None, (int, 1), "remove older ones; default: keep all"),
     "async_save": ("auto", ON_OFF, "save while training continues; auto: on with CUDA"),
     "resume_from": (None, path, "last, best, a checkpoint folder, or a merged file"),
+    "allow_changed_data": (False, bool, "resume on other data than the checkpoint's run had"),
     "save_dir": ("./checkpoints", path, "folder of the checkpoints"),
     "log_dir": ("./runs/llama3_demo", path, "folder of metrics.jsonl, TensorBoard events, curves.png"),
     "output_path": (None, path, "where --merge_checkpoint or --export_hf writes"),
     "export_dtype": (None, ["bf16", "fp32"], "default: the training precision"),
     "max_new_tokens": (64, (int, 1), "length of --generate's sample"),
+    "timeout_seconds": (600, (int, 1), "longest wait for a step; ten times that for what takes longer"),
     "world_size": (None, (int, 1), "ranks of --verify_resume; default: the CUDA devices here, or 2"),
     "engine": ("auto", ["auto", "nnscaler", "native"], "auto: nnscaler if it is installed and CUDA is there"),
     "pas_policy": ("autodist", ["autodist", "dp"], "how the engine plans the parallelism"),
-    "recompute": ("auto", str, "none, full, or a number of layers; auto: full on CUDA"),
+    "recompute": ("auto", str, "none, selective, full, or a number of layers; auto: full on CUDA"),
+    "dp_replicate": (1, (int, 1), "replicas of the model; shards lie over the ranks inside a replica"),
     "compile": ("auto", ON_OFF, "torch.compile each layer; auto: on with CUDA"),
 }
+
+
+# What other trainers call our flags.
+NEAR = dict(lr="learning_rate", epochs="max_train_steps", num_epochs="max_train_steps", data="dataset_id")
+NEAR |= dict(batch_size="global_batch_size", bs="global_batch_size", model="model_id", dataset="dataset_id")
+NEAR |= dict(output_dir="save_dir", resume="resume_from", steps="max_train_steps", fp16="precision")
+# A resume does not take these from the checkpoint: they name files, or lay the work out.
+NOT_RESUMED = set(
+    "save_dir log_dir output_path max_train_steps grad_accumulation_steps micro_batch_size recompute compile "
+    "dp_replicate async_save timeout_seconds engine pas_policy resume_from allow_changed_data world_size "
+    "max_new_tokens export_dtype".split()
+)
+PREPARED_WITH = {"dataset_id", "validation_fraction", "text_column"}  # what training cannot change
+# Of a model's configuration, what does not change what it computes.
+NOT_COMPARED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
 
 
 class Parser(argparse.ArgumentParser):
     """Raises its errors as ValueErrors, so that main prints them once for all ranks."""
 
     def error(self, message: str):
+        if switch := re.fullmatch("argument (--\\w+): ignored explicit argument .*", message):
+            raise ValueError(f"{switch[1]} takes no value: write {switch[1]} alone, or leave it out")
         raise ValueError(f"{message} (python train.py --help lists the flags)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    options = dict(formatter_class=formatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__, **options)
     modes = parser.add_argument_group("modes (none of them: train)").add_mutually_exclusive_group()
     for name, (_, reading, text) in MODES.items():
         modes.add_argument(f"--{name}", **reading, help=text)
@@ -105,29 +134,71 @@ def build_parser() -> argparse.ArgumentParser:
             reading = {"choices": kind}
         else:
             reading = {"type": kind[0] if isinstance(kind, tuple) else kind}
-        group.add_argument(f"--{name}", default=default, help=text + shown, **reading)
+        group.add_argument(f"--{name}", help=text + shown, **reading)
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Defaults, then the preset, then the explicit flags, which `given` holds alone."""
-    parser, unset = build_parser(), object()
-    empty = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
-    found = vars(parser.parse_args(argv, empty))
-    given = {name: value for name, value in found.items() if value is not unset}
+    given, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name[2:], FLAGS | MODES, n=1)
+        near = NEAR.get(name.strip("-").replace("-", "_"), "".join(close))
+        fix = f"did you mean --{near}?" if near else "python train.py --help lists the flags"
+        raise ValueError(f"unknown flag {name}: {fix}")
+    return resolve(vars(given))
+
+
+def parse_args_together(argv: list[str] | None) -> argparse.Namespace:
+    """parse_args, whose error also ends the ranks of other nodes, which may run another command line."""
+    try:
+        return parse_args(argv)
+    except ValueError:
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            from trainer import ranks
+
+            with ranks.process_group():
+                ranks.together(parse_args, argv)
+        raise
+
+
+def resolve(given: dict, saved: dict | None = None) -> argparse.Namespace:
+    """Defaults, then the preset's flags, those `saved` in a resumed checkpoint, and the explicit ones."""
+    values = {name: default for name, (default, _, _) in FLAGS.items()}
     for preset in PRESETS.keys() & given.keys():
-        parser.set_defaults(**PRESETS[preset])
-    args = parser.parse_args(argv)
+        values |= PRESETS[preset]
+    args = argparse.Namespace(**values | {name: None for name in MODES} | (saved or {}) | given)
     args.given, args.mode = given, next((mode for mode in MODES if mode in given), "train")
+    args.demo = "demo" in given
     args.from_scratch |= args.num_hidden_layers is not None
     if args.tokenizer_id is None:
         # The default model's tokenizer is gated on the hub; training from scratch needs no access to it.
         gated = args.from_scratch and args.model_id == presets.LLAMA3_8B
         args.tokenizer_id = "llama3" if gated else args.model_id
     if args.dataset_path is None:
-        args.dataset_path = f"./{dataset_name(args.dataset_id)}-{args.max_seq_len}"
+        args.dataset_path = default_dataset_path(args.dataset_id, args.max_seq_len)
     check_values(args)
     return args
+
+
+def default_dataset_path(dataset_id: str, max_seq_len: int) -> str:
+    return f"./{dataset_name(dataset_id)}-{max_seq_len}"
+
+
+def resolve_resumed(args, state: dict) -> argparse.Namespace:
+    """The flags with those of the checkpoint's run where the user gives none; names each that differs."""
+    config = state.get("config", {})
+    saved = {name: config[name] for name in FLAGS if name in config.keys() - NOT_RESUMED}
+    default_path = saved and default_dataset_path(saved["dataset_id"], saved["max_seq_len"])
+    if saved.get("dataset_path") == default_path and args.given.keys() & {"dataset_id", "max_seq_len"}:
+        del saved["dataset_path"]
+    resolved = resolve(args.given, saved)
+    for name, value in saved.items():
+        if name in args.given and args.given[name] != value:
+            logger.info("--%s=%s, the checkpoint's run had %s", name, args.given[name], value)
+        elif name not in args.given and getattr(args, name) != value:
+            logger.info("--%s=%s, as the checkpoint's run (without it: %s)", name, value, getattr(args, name))
+    return resolved
 
 
 def dataset_name(dataset_id: str) -> str:
@@ -141,12 +212,20 @@ def check_values(args) -> None:
     problems = []
     for name, (_, kind, _) in FLAGS.items():
         value = getattr(args, name)
-        if isinstance(kind, tuple) and value is not None and not value >= kind[1]:
-            problems.append(f"--{name} {value}: at least {kind[1]} is needed")
+        if isinstance(kind, tuple) and value is not None and not kind[1] <= value < math.inf:
+            fix = "a smaller number is" if value == math.inf else f"at least {kind[1]} is"
+            problems.append(f"--{name} {value}: {fix} needed")
     if not args.validation_fraction < 1:
         problems.append(f"--validation_fraction {args.validation_fraction}: a share below 1 is needed")
-    if args.recompute not in ("auto", "none", "full") and not args.recompute.isdecimal():
-        problems.append(f"--recompute {args.recompute}: give auto, none, full, or a number of layers")
+    marks = [Path(args.model_id, name) for name in ("manifest.json", "last/manifest.json")]
+    if any(mark.exists() for mark in marks) or args.model_id.endswith(".ckpt"):
+        fix = "--resume_from continues one, --export_hf makes a model of it"
+        problems.append(f"--model_id {args.model_id}: these are checkpoints: {fix}")
+    if args.seed >= 2**32:
+        problems.append(f"--seed {args.seed}: a number below 2^32 is needed")
+    if args.recompute not in ("auto", "none", "selective", "full") and not args.recompute.isdecimal():
+        known = "auto, none, selective, full, or a number of layers"
+        problems.append(f"--recompute {args.recompute}: give {known}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -159,7 +238,11 @@ def prepare(args) -> None:
 
     source = chosen(args, "dataset_id", "text_column", "skip_bad_samples")
     samples = chosen(args, "dataset_path", "max_seq_len", "validation_fraction", "seed")
-    data.prepare(tokenizer=assets.load_tokenizer(args.tokenizer_id), **source, **samples)
+    folder = data.prepare(tokenizer=assets.load_tokenizer(args.tokenizer_id), **source, **samples)
+    found = data.read_preparation(folder)["samples"]["train"]
+    if found < (needed := args.global_batch_size or args.micro_batch_size * args.grad_accumulation_steps):
+        fix = "prepare more text, or train with a lower --global_batch_size"
+        logger.warning("WARNING: %d samples are fewer than a global batch (%d): %s", found, needed, fix)
 
 
 def chosen(args, *names: str) -> dict:
@@ -171,52 +254,153 @@ def chosen(args, *names: str) -> dict:
 
 
 def train(args) -> None:
-    build_trainer(args).run()
+    from trainer import folders, ranks
+    from trainer.checkpoint import checkpoints
+
+    save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
+    inputs = [Path(name) for name in (args.model_id, args.tokenizer_id, args.dataset_path)]
+    with joined(args), contextlib.ExitStack() as held:
+        before = ranks.by_first_rank(checkpoints, save_dir)
+        trainer, fresh = build_trainer(args)
+        claim = folders.claimed([save_dir, log_dir], inputs, fresh)
+        lock = ranks.by_first_rank(held.enter_context, claim)
+        if ranks.by_first_rank(checkpoints, save_dir) != before:
+            raise ValueError(f"another run saved to {save_dir} while this one started: start again")
+        ranks.together(lambda: is_first_rank() or folders.check_shared(save_dir, lock))
+        trainer.run()
+
+
+@contextlib.contextmanager
+def joined(args):
+    """Joins the other ranks, which must have the same flags but for the folders that rank 0 alone writes."""
+    from trainer import ranks
+
+    with ranks.process_group(args.timeout_seconds):
+        others = ("given", "mode", "save_dir", "log_dir")
+        ranks.compare({f"--{name}": value for name, value in vars(args).items() if name not in others})
+        yield
 
 
 def build_trainer(args):
-    """The Trainer of this run. Raises every error that can be detected before the process group starts."""
-    from llama3 import assets, data
-    from trainer import engine
-    from trainer.saver import check_folder
+    """The Trainer of this run, and whether it starts fresh.
 
-    engine_name = engine.choose(args.engine) if args.mode == "train" else "native"
-    resumed = engine.resume_state(args.resume_from, args.save_dir, engine_name)
+    Needs a process group. What one rank finds wrong, all ranks raise.
+    """
+    from trainer import engine, ranks
+
+    name = ranks.together(engine.choose, args.engine) if args.mode == "train" else "native"
+    resumed = engine.open_resumed(args.resume_from, args.save_dir, name)
+    trainer, facts = ranks.together(prepare_trainer, args, name, resumed)
+    ranks.compare(facts)
+    return trainer, resumed is None
+
+
+def prepare_trainer(args, engine_name: str, resumed):
+    """The Trainer, and what the ranks must have in common. Raises what the user can mend, as a ValueError."""
+    import torch
+
+    from llama3 import assets
+    from trainer import engine
+    from trainer.checkpoint import json_digest
+
     if args.mode == "evaluate" and args.resume_from and not resumed:
-        raise ValueError(f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}")
+        fix = "train first, or name another --save_dir or a path"
+        raise ValueError(f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}: {fix}")
+    state = resumed.state if resumed else {}
+    if resumed:
+        args = resolve_resumed(args, state)
     config = assets.load_config(args.model_id, args.num_hidden_layers)
+    fingerprint, samples = check_data(args, config, state)
+    if resumed:
+        check_same_model(resumed.path, config, state)
+    say_what_has_no_effect(args, config, state)
     if not args.from_scratch and not resumed:
         assets.weight_files(args.model_id)  # downloads them now, so that no rank waits for it later
-    train_args = trainer_args(args, config, resumed)
-    samples, needed = len(data.open_split(**train_args.dataset.train_args)), train_args.global_batch_size
-    inputs = [args.model_id, args.tokenizer_id, args.dataset_path]
-    for folder in (args.save_dir, args.log_dir) if args.mode == "train" else ():
-        check_folder(Path(folder), inputs, resumed is not None)
-    if args.mode == "train" and samples < needed:
-        fix = "prepare more text, or lower --global_batch_size or --grad_accumulation_steps"
-        has = f"{args.dataset_path} has {samples} training samples, a global batch {needed}"
-        raise ValueError(f"{has}: {fix}")
+    train_args = trainer_args(args, config, resumed, fingerprint)
+    if args.mode == "train" and samples < (needed := train_args.global_batch_size):
+        flags = "--micro_batch_size, --grad_accumulation_steps or --global_batch_size"
+        sizes = f"{args.micro_batch_size} x {train_args.grad_accumulation_steps} x {world_size()} ranks"
+        has = f"{args.dataset_path} has {samples} training samples, a global batch {needed} ({sizes})"
+        raise ValueError(f"{has}: prepare more text, or lower {flags}")
     if args.mode == "evaluate" and not train_args.dataset.val_args:
         fix = "prepare it with a larger --validation_fraction"
         raise ValueError(f"{args.dataset_path} has no validation samples: {fix}")
-    return engine.trainer_class(engine_name)(train_args=train_args, options=engine_options(args, engine_name))
+    options = engine_options(args, engine_name)
+    facts = {"data": fingerprint, "the model": json_digest(config.to_dict()), "torch": torch.__version__}
+    facts["the checkpoint"] = json_digest(state)
+    return engine.trainer_class(engine_name)(train_args=train_args, options=options), facts
 
 
-def trainer_args(args, config, resumed: dict | None):
-    """What to train, in nnScaler's terms. resumed: the state of the checkpoint to resume from."""
+def check_data(args, config, state: dict) -> tuple[str, int]:
+    """The prepared data's fingerprint, and the number of training samples.
+
+    Raises ValueError if the data are damaged, or not what the flags or the checkpoint ask for.
+    """
+    from llama3 import assets, data
+
+    flags = chosen(args, "tokenizer_id", *sorted(PREPARED_WITH), "dataset_path", "max_seq_len", "seed")
+    changed = [f"--{name}={value}" for name, value in flags.items() if value != FLAGS[name][0]]
+    command = f"{data.PREPARE} {shlex.join(changed)}"
+    rows = data.open_split(args.dataset_path, "train", args.max_seq_len, config.vocab_size, command=command)
+    node_rank, node_ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+    data.verify(args.dataset_path, node_rank, node_ranks or 1)  # the ranks of a node share the files
+    fingerprint, before = data.fingerprint(args.dataset_path), state.get("data")
+    if args.mode == "train" and before not in (None, fingerprint):
+        had = f"{state['config']['dataset_path']} of --resume_from={args.resume_from}"
+        if not args.allow_changed_data:
+            fix = "give its --dataset_path, or --allow_changed_data if you want to go on with other data"
+            raise ValueError(f"{args.dataset_path} holds other data than {had}: {fix}")
+        logger.warning("WARNING: %s holds other data than %s: --allow_changed_data", args.dataset_path, had)
+    asked = {name: value for name, value in args.given.items() if name in PREPARED_WITH}
+    if is_first_rank() and (before != fingerprint or asked or "tokenizer_id" in args.given):
+        data.check_prepared(args.dataset_path, assets.load_tokenizer(args.tokenizer_id), **asked)
+    return fingerprint, len(rows)
+
+
+def check_same_model(path: Path, config, state: dict) -> None:
+    """Raises ValueError if the flags choose another model than that of the checkpoint."""
+    mine = json.loads(json.dumps(config.to_dict()))
+    for name, saved in state.get("model", {}).items():
+        if name not in NOT_COMPARED and mine.get(name, saved) != saved:
+            fix = "leave out the flags that choose the model, or start from the weights (--export_hf)"
+            raise ValueError(f"{path} is of a model with {name} {saved}, not {mine[name]}: {fix}")
+
+
+def say_what_has_no_effect(args, config, state: dict) -> None:
+    """Warns of flags that the model or the run's length leaves without their effect."""
+    layers, limit = config.num_hidden_layers, config.max_position_embeddings
+    if args.max_seq_len > limit:
+        logger.warning("WARNING: --max_seq_len=%d, the model was made for %d", args.max_seq_len, limit)
+    if str(args.recompute).isdecimal() and int(args.recompute) > layers:
+        logger.warning("WARNING: --recompute=%s, the model has %d layers", args.recompute, layers)
+    asked = "from_scratch" in args.given or args.model_id == presets.LLAMA3_8B
+    if args.from_scratch and not asked and not state:
+        logger.warning("WARNING: fresh weights, not those of --model_id=%s", args.model_id)
+    if args.warmup_steps >= (last := args.max_train_steps):
+        logger.warning("WARNING: --warmup_steps=%d, but the run ends at step %d", args.warmup_steps, last)
+
+
+def trainer_args(args, config, resumed, fingerprint: str):
+    """What to train, in nnScaler's terms. resumed: a checkpoint or None. fingerprint: the data's."""
     import torch
 
     from llama3 import data, model
     from trainer import args as interface
     from trainer import loggers
 
+    state, resume_from = (resumed.state, resumed.path) if resumed else (None, None)
     train_set, val_set = split_arguments(args, config.vocab_size)
     llama = chosen(args, "model_id", "from_scratch", "num_hidden_layers", "seed")
     adamw = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, resumed))
-    flags, collate = chosen(args, *FLAGS), data.Collator(args.max_seq_len, args.micro_batch_size)
+    lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, state))
+    collate = data.Collator(args.max_seq_len, args.micro_batch_size)
+    # With these, resuming or exporting a checkpoint does not need this run's flags.
+    about = dict(config=chosen(args, *FLAGS), model=config.to_dict(), data=fingerprint)
+    about["config"] |= dict(dataset_id=data.read_preparation(args.dataset_path)["dataset_id"])
+    if args.val_every_n_train_steps and not val_set:
+        logger.warning("WARNING: --val_every_n_train_steps, but %s has no validation set", args.dataset_path)
     logs, log_dir = (loggers.JsonlLogger, loggers.TensorBoardLogger), dict(log_dir=args.log_dir)
-    return interface.TrainerArgs(
+    train_args = interface.TrainerArgs(
         compute_config=interface.ComputeConfig(plan_ngpus=1, runtime_ngpus=world_size()),
         model=interface.ModelConfig(model.Llama, llama),
         optimizer=interface.OptimizerConfig(torch.optim.AdamW, adamw, clip_gnorm=args.clip_gnorm),
@@ -225,18 +409,20 @@ def trainer_args(args, config, resumed: dict | None):
         dataloader=interface.DataloaderConfig(dict(collate_fn=collate, pin_memory=torch.cuda.is_available())),
         checkpoint=interface.CheckpointConfig(
             every_n_train_steps=args.save_every_n_train_steps,
-            **chosen(args, "save_dir", "keep_last_n_checkpoints", "resume_from"),
+            resume_from=resume_from,
+            **chosen(args, "save_dir", "keep_last_n_checkpoints"),
         ),
         log=[interface.LogConfig(logger_class, log_dir) for logger_class in logs],
         hook=interface.HookMapConfig(
-            # With these, exporting a checkpoint does not need this run's flags.
-            on_save_checkpoint=lambda _, state: state.update(config=flags, model=config.to_dict()),
+            on_save_checkpoint=lambda _, state: state.update(about),
             on_train_end=lambda _: draw_curves(args.log_dir),
         ),
-        **batch_sizes(args, resumed),
+        **batch_sizes(args, state),
         **chosen(args, "micro_batch_size", "max_train_steps", "val_every_n_train_steps"),
         **chosen(args, "pas_policy", "precision", "seed"),
     )
+    about["config"]["global_batch_size"] = train_args.global_batch_size
+    return train_args
 
 
 def split_arguments(args, vocab_size: int) -> tuple[dict, dict]:
@@ -252,11 +438,11 @@ def batch_sizes(args, resumed: dict | None) -> dict:
     """The explicit batch flags; else the checkpoint's global batch, the preset's, or the accumulation."""
     if args.mode == "evaluate":
         return {"grad_accumulation_steps": 1}
-    names = ("global_batch_size", "grad_accumulation_steps")
-    if given := {name: args.given[name] for name in names if name in args.given}:
-        return given
-    if total := resumed["global_batch_size"] if resumed else args.global_batch_size:
-        return {"global_batch_size": total}
+    explicit = chosen(args, *args.given.keys() & {"grad_accumulation_steps", "global_batch_size"})
+    if resumed:
+        return {"global_batch_size": resumed["global_batch_size"], **explicit}
+    if explicit or args.global_batch_size:
+        return explicit or {"global_batch_size": args.global_batch_size}
     return {"grad_accumulation_steps": args.grad_accumulation_steps}
 
 
@@ -266,6 +452,9 @@ def engine_options(args, engine_name: str):
 
     from trainer.args import NativeOptions
 
+    if world_size() % args.dp_replicate:
+        fix = "give a number that divides the ranks"
+        raise ValueError(f"--dp_replicate {args.dp_replicate} does not divide {world_size()} ranks: {fix}")
     on_cuda = torch.cuda.device_count() > 0
     native = on_cuda and engine_name == "native"  # nnScaler neither compiles nor saves in the background
     on = {"auto": native, "on": True, "off": False}
@@ -273,7 +462,7 @@ def engine_options(args, engine_name: str):
     if recompute == "auto":  # nnScaler's 'dp' cannot recompute
         recompute = "full" if native or (on_cuda and args.pas_policy == "autodist") else "none"
     options = dict(recompute=recompute, compile=on[args.compile], async_save=on[args.async_save])
-    options |= chosen(args, "deterministic", "max_skipped_steps")
+    options |= chosen(args, "deterministic", "max_skipped_steps", "dp_replicate", "timeout_seconds")
     return NativeOptions(validate_first=args.demo, **options)
 
 
@@ -306,7 +495,9 @@ def draw_curves(log_dir: str) -> None:
 def evaluate(args) -> None:
     from trainer.loggers import perplexity
 
-    val_loss = build_trainer(args).evaluate()
+    with joined(args):
+        trainer, _ = build_trainer(args)
+        val_loss = trainer.evaluate()
     if is_first_rank():
         print(f"val_loss={val_loss:.6f} perplexity={perplexity(val_loss):.6f}")
 
@@ -340,6 +531,9 @@ def export_checkpoint(args, path: Path, folder: Path, dtype: str | None):
     source = engine.open_checkpoint(path)
     source.verify()
     state = source.state
+    had = state.get("config", {}).get("model_id")
+    if "num_hidden_layers" in args.given or args.given.get("model_id", had) != had:
+        check_same_model(source.path, assets.load_config(args.model_id, args.num_hidden_layers), state)
     # nnScaler's own demo saves no flags and no configuration: this command's flags must describe its model.
     flags = {**vars(args), **state.get("config", {}), **args.given}
     tokenizer = assets.load_tokenizer(flags["tokenizer_id"])
@@ -353,6 +547,8 @@ def generate(args) -> None:
     from llama3 import assets
     from llama3.export import generate_text
 
+    if not args.given.keys() & {"resume_from", "model_id"} and Path(args.save_dir, "last").exists():
+        args.resume_from = "last"
     with tempfile.TemporaryDirectory() as temporary:
         if args.resume_from:
             named = args.resume_from in ("last", "best")
@@ -406,12 +602,13 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM after a save."""
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "torch.distributed", "nnscaler"):
+    for noisy in ("httpx", "httpx2", "datasets", "torch.distributed", "nnscaler"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # of selective recompute
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # prints text of any language on any terminal
     try:
-        args = parse_args(argv)
+        args = parse_args_together(argv)
         if args.mode not in ("train", "evaluate") and world_size() > 1:
             raise ValueError(f"--{args.mode} runs in one process: start it with python instead of torchrun")
         if args.mode != "train":
@@ -423,23 +620,30 @@ def main(argv: list[str] | None = None) -> int:
         return complain(str(error), 2)
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        return complain(f"{what}; make room or name a folder that can be written", 1)
+        named = isinstance(error, WRONG_PATH) or error.errno == errno.ENAMETOOLONG
+        return complain(f"{what}; make room or name a folder that can be written", 2 if named else 1)
     except TrainingFailed as error:
         return complain(str(error), 1)
     except KeyboardInterrupt:
         if is_first_rank():
-            fix = "the same command continues a preparation, --resume_from=last a training"
-            print(f"train.py: stopped; {fix}", file=sys.stderr)
+            print("train.py: stopped; the same command begins again, or continues", file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
+            fix = "use --recompute=full, a smaller --micro_batch_size or --max_seq_len, or more GPUs"
+            rank, what = os.environ.get("RANK", 0), str(error).split(". ")[0]
+            return complain(f"rank {rank} has too little GPU memory ({what}): {fix}", 1)
+        traceback.print_exc()
+        record(traceback.format_exc(), bool(re.search(CURABLE, f"{type(error).__name__}: {error}")))
+        return 1
 
 
-def complain(message: str, code: int) -> int:
-    """Rank 0 prints; the others wait 20 s for torchrun to stop them, then print too."""
-    if not is_first_rank():
-        time.sleep(20)
-    print(f"train.py: {message}", file=sys.stderr, flush=True)
-    return code
+WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+# Unhandled errors that a restart may cure: of a device, of the network, or because another process died.
+CURABLE = "CUDA error|cuDNN error|NCCL|gloo|^Dist[A-Z]|killed by signal"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if code := main():
+        sys.stdout.flush()
+        os._exit(code)  # threads and process groups may wait for ranks that never come

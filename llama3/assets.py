@@ -1,5 +1,7 @@
 """Finds configuration, tokenizer and weights on the hub, in a local folder, or in an installed package."""
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -61,7 +63,10 @@ def load_tokenizer(tokenizer_id: str) -> PreTrainedTokenizerFast:
         return _llama3_tokenizer()
     folder = model_folder(tokenizer_id, ["tokenizer*", "special_tokens_map.json", "chat_template*"])
     fix = "name another tokenizer, such as --tokenizer_id=llama3"
-    return _read(folder, "tokenizer.json", lambda _: PreTrainedTokenizerFast.from_pretrained(folder), fix)
+    read = PreTrainedTokenizerFast.from_pretrained
+    tokenizer = _read(folder, "tokenizer.json", lambda _: read(folder), fix)
+    tokenizer.name_or_path = tokenizer_id  # not the folder of the hub's cache
+    return tokenizer
 
 
 def document_separator(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -78,7 +83,7 @@ def model_folder(model_id: str, patterns=("*.json", "*.safetensors", "tokenizer*
         return _smollm2_folder()
     if Path(model_id).is_dir():
         return Path(model_id)
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1:
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1 or Path(model_id).exists():
         raise AssetError(f"{model_id} is neither a folder here nor a hub id (owner/name): check the name")
     chosen = dict(allow_patterns=patterns, ignore_patterns="*/*")
     return Path(from_hub(lambda: snapshot_download(model_id, **chosen), model_id))
@@ -87,14 +92,39 @@ def model_folder(model_id: str, patterns=("*.json", "*.safetensors", "tokenizer*
 def weight_files(model_id: str) -> dict[str, Path]:
     """Return the safetensors file of each parameter, by the parameter's Hugging Face name."""
     folder = model_folder(model_id)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        fix = f"{index.name} names it, so download the model again"
-        return {name: _read(folder, file, Path, fix) for name, file in names.items()}
+    index, wanted, found = folder / "model.safetensors.index.json", {}, {}
     fix = "save the model as safetensors (pickled weights are not read), or train with --from_scratch"
-    names = _read(folder, "model.safetensors", lambda file: safe_open(file, "pt").keys(), fix)
-    return dict.fromkeys(names, folder / "model.safetensors")
+    if index.is_file():
+        fix = f"{index.name} names it, so download the model again"
+        wanted = _read(folder, index.name, _weight_map, fix)
+    for file in sorted({*wanted.values()} or ["model.safetensors"]):
+        names = _read(folder, file, lambda path: safe_open(path, "pt").keys(), fix)
+        found |= dict.fromkeys(names, folder / file)
+    for name, file in wanted.items():
+        if found.get(name) != folder / file:
+            raise AssetError(f"{folder / file} has no {name}: {fix}")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    names = json.loads(index.read_text())["weight_map"]
+    files = names.values() if isinstance(names, dict) else [names]
+    if wrong := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
+        raise ValueError(f"its weight_map names {str(wrong[0])[:80]!r}, not a file beside it")
+    return names
+
+
+@contextlib.contextmanager
+def naming(path: Path):
+    """Gives an error of the disk that names no file the name of what was written."""
+    try:
+        yield
+    except Exception as error:
+        nameless = isinstance(error, OSError) and not error.filename
+        if not nameless and type(error) is not Exception:  # the tokenizers library raises no narrower class
+            raise
+        number, words = getattr(error, "errno", None), getattr(error, "strerror", None)
+        raise OSError(number or errno.EIO, words or str(error), str(path)) from error
 
 
 def _read(folder: Path, name: str, reader: Callable, fix: str):
@@ -165,7 +195,7 @@ def _llama3_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(special + reserved[5:])
     first = [(bos, tokenizer.token_to_id(bos))]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=first)
-    options = dict(bos_token=bos, eos_token=eos, chat_template=LLAMA3_CHAT_TEMPLATE)
+    options = dict(bos_token=bos, eos_token=eos, chat_template=LLAMA3_CHAT_TEMPLATE, name_or_path="llama3")
     # transformers 4 would clean up spaces, and give token types, which Llama does not take.
     options |= dict(clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)

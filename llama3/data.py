@@ -1,5 +1,6 @@
 """Prepared data: text or chat -> samples of equal length on disk (`prepare`), and from there to batches."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,11 +18,12 @@ from datasets import Dataset, DatasetDict
 from filelock import FileLock
 
 from llama3 import shards, sources
-from llama3.assets import document_separator
+from llama3.assets import document_separator, naming
 from llama3.encode import Encoder
 from llama3.loss import IGNORED
 
-FORMAT = 2  # of the prepared folder; raised whenever the same input would give other samples
+FORMAT = 3  # of the prepared folder; raised whenever it changes or the same input would give other samples
+PREPARE = "python train.py --prepare_data"
 FILE_BYTES = 500 << 20  # of a saved split's files, about
 INDICES = pa.list_(pa.int32())
 SAMPLE = pa.schema({"input_ids": INDICES, "document_starts": INDICES, "loss_mask": pa.list_(pa.uint8())})
@@ -45,19 +47,20 @@ def prepare(
     """Tokenizes, packs and splits `dataset_id` into a DatasetDict at `dataset_path`, and prints a summary.
 
     With the settings of an earlier preparation it does nothing, with others it refuses. After a kill it
-    continues. Raises DataError, EncodeError and AssetError.
+    continues. Raises DataError, EncodeError, AssetError and Unfinished.
     """
     target = Path(dataset_path).resolve()
     files = sources.find_files(dataset_id)
     source = sources.identity(files) if files else dataset_id
-    settings = dict(format=FORMAT, source=source, tokenizer=_fingerprint(tokenizer), text_column=text_column)
+    encoding = _hash([_vocabulary(tokenizer), tokenizer.chat_template])
+    settings = dict(format=FORMAT, source=source, tokenizer=encoding, text_column=text_column)
     settings |= dict(max_seq_len=max_seq_len, validation_fraction=validation_fraction, seed=seed)
     work = target.with_name(target.name + ".preparing")
     if work.exists():
         print(f"continuing in {work}, after any other process that prepares there")
     elif _already_prepared(target, settings):
         return target
-    with FileLock(f"{work}.lock"):
+    with _working_in(work):
         if not _already_prepared(target, settings):  # another process may have done it meanwhile
             folder = work / _hash([settings, datasets.__version__])
             for stale in {*work.glob("*")} - {folder}:
@@ -65,29 +68,41 @@ def prepare(
             documents = sources.read_documents(dataset_id, files, text_column)
             joins = not files and dataset_id.partition(":")[0] in sources.BOOKCORPUS
             encoder = Encoder(tokenizer, max_seq_len if joins else 0)
-            paths = shards.tokenize(
-                documents, encoder, seed, folder, num_proc or len(os.sched_getaffinity(0))
-            )
-            _save(paths, folder, dataset_id, settings, skip_bad_samples)
+            paths = shards.tokenize(documents, encoder, seed, folder, num_proc)
+            known = dict(settings=settings, dataset_id=dataset_id, tokenizer_id=tokenizer.name_or_path)
+            known["vocabulary"] = _vocabulary(tokenizer)
+            with naming(folder):
+                _save(paths, folder, known, skip_bad_samples)
             os.sync()  # so that the folder is whole even after a power cut
             (folder / "result").rename(target)
             print(summary(target, tokenizer))
-        shutil.rmtree(work, ignore_errors=True)
-        Path(f"{work}.lock").unlink(missing_ok=True)  # a process that still waits finds the data in place
     return target
 
 
+@contextlib.contextmanager
+def _working_in(work: Path) -> Iterator[None]:
+    """Locks the folder, and removes it at the end unless the preparation can be continued there."""
+    with FileLock(f"{work}.lock"):
+        done = False
+        try:
+            yield
+            done = True
+        except ValueError as error:
+            done = not isinstance(error, shards.Unfinished)  # the same command would fail again
+            raise
+        finally:
+            if done:
+                shutil.rmtree(work, ignore_errors=True)
+                Path(f"{work}.lock").unlink(missing_ok=True)  # who still waits finds the data in place
+
+
 def open_split(
-    dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples: int | None = None
+    dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples=None, command=PREPARE
 ) -> Dataset:
     """Opens a split as rows in numpy, of more than `max_samples` always the same ones. Raises DataError."""
-    path, command = Path(dataset_path), f"python train.py --prepare_data --max_seq_len={max_seq_len}"
-    known = read_preparation(path)
-    if known is None:
-        fix = f"run `{command} --dataset_path={path}` with this run's other data flags"
-        raise DataError(f"{path} is not prepared: {fix}")
+    path, known = Path(dataset_path), _preparation(Path(dataset_path), command)
     if (prepared := known["settings"]["max_seq_len"]) != max_seq_len:
-        fix = f"use --max_seq_len={prepared}, or another --dataset_path, prepared by `{command}`"
+        fix = f"use --max_seq_len={prepared}, or prepare the data at another --dataset_path"
         raise DataError(f"{path} holds samples of {prepared} tokens, --max_seq_len is {max_seq_len}: {fix}")
     if (largest := known["max_token_id"]) >= vocab_size:
         fix = "prepare the data with the model's own tokenizer (--tokenizer_id, another --dataset_path)"
@@ -96,10 +111,65 @@ def open_split(
         dataset = datasets.load_from_disk(str(path / split))
     except Exception as error:  # datasets raises many kinds for a damaged or newer folder
         what = f"{path}/{split}, saved by datasets {known['datasets']}, cannot be read"
-        raise DataError(f"{what}: {error}. Prepare it again.") from error
+        raise DataError(f"{what}: {error}. Remove {path} and prepare it again.") from error
     if max_samples is not None and len(dataset) > max_samples:
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int))
     return dataset.with_format("numpy")
+
+
+def verify(dataset_path: str | Path, part: int = 0, parts: int = 1) -> None:
+    """Compares the files `part`, `part` + `parts`, ... with their checksums. Raises DataError."""
+    path = Path(dataset_path)
+    for name, digest in sorted(_preparation(path)["files"].items())[part::parts]:
+        found = _digest(path / name) if (path / name).is_file() else "no file"
+        if found != digest:
+            what = f"{path / name} does not match its checksum {digest} ({found})"
+            raise DataError(f"{what}: remove {path} and prepare it again")
+
+
+def fingerprint(dataset_path: str | Path) -> str:
+    """Hash of what was prepared, the same on every machine and at any time. Raises DataError."""
+    known = _preparation(Path(dataset_path))
+    # The source's hash has a large file's time, and the files of datasets that are not samples have paths.
+    settings = {name: value for name, value in known["settings"].items() if name != "source"}
+    return _hash([settings, {name: known["files"][name] for name in known["files"] if ".arrow" in name}])
+
+
+def check_prepared(dataset_path: str | Path, tokenizer, **given) -> None:
+    """Compares data with a training's tokenizer, and with these flags as prepared. Raises DataError."""
+    path, known = Path(dataset_path), _preparation(Path(dataset_path))
+    if known["vocabulary"] != _vocabulary(tokenizer):
+        before, now = known["tokenizer_id"], tokenizer.name_or_path
+        fix = f"train with --tokenizer_id={before}, or prepare the data with {now} at another --dataset_path"
+        raise DataError(f"{path} was prepared with another tokenizer ({before}) than {now}: {fix}")
+    for name, value in given.items():
+        if _plain(value) != _plain(before := {**known, **known["settings"]}[name]):
+            fix = f"leave --{name} out, or prepare with it at another --dataset_path"
+            raise DataError(f"{path} was prepared with {name} {before}, --{name} is {value}: {fix}")
+
+
+def _plain(value):
+    """A flag in one spelling: ./texts and texts/ are the same."""
+    if not isinstance(value, str):
+        return value
+    return [os.path.abspath(part.strip()) for part in value.split(",")]
+
+
+def _preparation(path: Path, command: str = PREPARE) -> dict:
+    """What preparation.json says. Raises DataError if `path` is not prepared, or by another version."""
+    known = read_preparation(path)
+    if known is None:
+        beside = [
+            f"{other} ({found['dataset_id']}, {found['settings']['max_seq_len']} tokens)"
+            for other in sorted(path.absolute().parent.glob("*"))
+            if (found := read_preparation(other))
+        ]
+        beside = ", ".join(beside) or "nothing"
+        raise DataError(f"{path} is not prepared: run `{command}` (prepared beside it: {beside})")
+    if (version := known["settings"]["format"]) != FORMAT:
+        fix = f"remove {path} and prepare it again"
+        raise DataError(f"{path} has format {version} of prepared data, format {FORMAT} is needed: {fix}")
+    return known
 
 
 class Collator:
@@ -114,6 +184,7 @@ class Collator:
 
         input_ids, labels, position_ids: (B, T) int64; labels are shifted, IGNORED where there is no target.
         cu_seqlens: int32 bounds of the document pieces in the B * T tokens laid end to end.
+        longest_document: int, the tokens of the longest piece.
         num_tokens: int, without the rows that were missing.
         """
         B, T = self.micro_batch_size, self.max_seq_len
@@ -130,34 +201,36 @@ class Collator:
         labels[:, :-1] = np.where((target & ~starts)[:, 1:], input_ids[:, 1:], IGNORED)
         bounds = np.flatnonzero(starts)  # row starts included
         cu_seqlens = np.append(bounds, B * T)
-        position_ids = np.arange(B * T) - np.repeat(bounds, np.diff(cu_seqlens))
+        lengths = np.diff(cu_seqlens)
+        position_ids = np.arange(B * T) - np.repeat(bounds, lengths)
         batch = dict(input_ids=input_ids, labels=labels, position_ids=position_ids.reshape(B, T))
         batch["cu_seqlens"] = cu_seqlens.astype(np.int32)
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        return dict(tensors, num_tokens=len(rows) * T)
+        return dict(tensors, longest_document=int(lengths.max()), num_tokens=len(rows) * T)
 
 
-def _save(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip_bad_samples: bool) -> None:
+def _save(paths: list[Path], folder: Path, known: dict, skip_bad_samples: bool) -> None:
     """Splits and packs the documents, and saves both splits and preparation.json in `folder`/result."""
-    T = settings["max_seq_len"]
+    T = known["settings"]["max_seq_len"]
     documents = pa.Table.from_batches(shards.read(*paths))
     problems = documents["problem"].drop_null()
     if len(problems) and not skip_bad_samples:
-        what = f"{dataset_id} has {len(problems)} bad sample{'s' * (len(problems) > 1)}"
+        what = f"{known['dataset_id']} has {len(problems)} bad sample{'s' * (len(problems) > 1)}"
         examples = "\n  ".join(problems[:5].to_pylist())
-        fix = "Mend or remove them, or leave them out with --skip_bad_samples."
-        raise DataError(f"{what}:\n  {examples}\n{fix}")
+        fix = "Mend or remove them, or leave them out with --skip_bad_samples"
+        kept = f"({folder.parent} keeps what is tokenized)"
+        raise shards.Unfinished(f"{what}:\n  {examples}\n{fix} {kept}.")
     lengths = pc.list_value_length(documents["input_ids"]).to_numpy().astype(np.int64)
     keys, filled = documents["key"].to_numpy()[lengths > 0], lengths[lengths > 0]
     if filled.sum() < T:
         found = f"the source has {len(filled)} documents with {filled.sum()} tokens in all"
         fix = "give more text or a smaller --max_seq_len"
         raise DataError(f"{found}, fewer than one sample of --max_seq_len={T}: {fix}")
-    bound = _held_out_below(keys, filled, T, settings["validation_fraction"])
+    bound = _held_out_below(keys, filled, T, known["settings"]["validation_fraction"])
     sizes = enumerate(np.bincount(np.frexp(filled)[1]).tolist())  # powers of two
     by_length = {f"{2**n // 2}-{2**n - 1}": count for n, count in sizes if count}
-    known = dict(settings=settings, dataset_id=dataset_id, datasets=datasets.__version__)
-    known |= dict(bad_samples=len(problems), empty_samples=int((lengths == 0).sum()) - len(problems))
+    known |= dict(datasets=datasets.__version__, bad_samples=len(problems))
+    known |= dict(empty_samples=int((lengths == 0).sum()) - len(problems))
     known |= dict(documents_by_length=by_length, max_token_id=0)
     known |= dict(documents={}, samples={}, tokens={}, dropped_tokens={})
     splits = DatasetDict()
@@ -171,10 +244,14 @@ def _save(paths: list[Path], folder: Path, dataset_id: str, settings: dict, skip
         known["dropped_tokens"][split] = int(filled[chosen].sum()) - len(samples) * T
         largest = pc.max(pc.list_flatten(samples["input_ids"])).as_py() or 0
         known["max_token_id"] = max(known["max_token_id"], largest)
-    shutil.rmtree(folder / "result", ignore_errors=True)
-    files = {split: 1 + rows.data.nbytes // FILE_BYTES for split, rows in splits.items()}
-    splits.save_to_disk(str(folder / "result"), num_shards=files)
-    (folder / "result" / "preparation.json").write_text(json.dumps(known, indent=2) + "\n")
+    result = folder / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    num_shards = {split: 1 + rows.data.nbytes // FILE_BYTES for split, rows in splits.items()}
+    splits.save_to_disk(str(result), num_shards=num_shards)
+    saved = (path for path in sorted(result.rglob("*")) if path.is_file())
+    known["files"] = {path.relative_to(result).as_posix(): _digest(path) for path in saved}
+    (result / ".gitignore").write_text("*\n")
+    (result / "preparation.json").write_text(json.dumps(known, indent=2) + "\n")
 
 
 def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: float) -> int:
@@ -230,11 +307,12 @@ def _already_prepared(target: Path, settings: dict) -> bool:
     return True
 
 
-def read_preparation(path: Path) -> dict | None:
-    """What preparation.json says; None if there is none."""
+def read_preparation(path: str | Path) -> dict | None:
+    """What preparation.json says; None if there is none of ours."""
     try:
-        return json.loads((path / "preparation.json").read_text())
-    except (OSError, ValueError):
+        known = json.loads(Path(path, "preparation.json").read_text())
+        return known if known["settings"]["max_seq_len"] and known["dataset_id"] else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -250,6 +328,12 @@ def summary(path: Path, tokenizer) -> str:
         lines.append(f"  {split}: {counts}")
     sizes = ", ".join(f"{count:,} of {name}" for name, count in known["documents_by_length"].items())
     lines.append(f"  documents by length in tokens: {sizes}")
+    kept, dropped = (sum(known[name].values()) for name in ("tokens", "dropped_tokens"))
+    if dropped > kept / 9:
+        fix = "give more text or a smaller --max_seq_len"
+        lines.append(
+            f"warning: {dropped:,} of {kept + dropped:,} tokens fill no sample and are dropped: {fix}"
+        )
     for row in datasets.load_from_disk(str(path / "train")).take(100):
         learned = np.array(row["loss_mask"], bool)
         learned[row["document_starts"]] = False  # these are no targets
@@ -264,12 +348,19 @@ def summary(path: Path, tokenizer) -> str:
     return "\n".join(lines + ["    " + line for line in sample.splitlines()])
 
 
-def _fingerprint(tokenizer) -> str:
-    """Hash of what decides the token ids, the same in every version of the libraries."""
+def _vocabulary(tokenizer) -> str:
+    """Hash of what decides a text's token ids, the same in every version of the libraries."""
     ids = tokenizer("Hello, world!  1790's\n\tnaïve 中文 <|end_of_text|>")["input_ids"]
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return _hash([vocabulary, ids, document_separator(tokenizer), tokenizer.chat_template])
+    return _hash([sorted(tokenizer.get_vocab().items()), ids, document_separator(tokenizer)])
 
 
 def _hash(value) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
+
+
+def _digest(path: Path) -> str:
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 22))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Writes named tensors as a Hugging Face folder, and samples text from such a folder."""
 
 import contextlib
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,10 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
-from llama3.assets import DOCUMENT_SEPARATORS, document_separator
+from llama3.assets import DOCUMENT_SEPARATORS, AssetError, document_separator, naming
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 EXPORT_MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the weights
+EXPORTED = set("model.safetensors config.json generation_config.json tokenizer.json".split())
+EXPORTED |= {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
 def export_hf(
@@ -22,32 +24,56 @@ def export_hf(
 
     `shapes` are {name: shape}, `tensors` pairs (name, tensor). `writer(path, {name: (dtype, shape)}, mark)`
     writes a safetensors file one tensor at a time, so that memory holds no more than one.
-    An export replaces an earlier one; raises ValueError if `folder` holds anything else.
+    An export replaces an earlier one; raises ValueError if `folder` holds anything else, or if the tensors
+    are not those of the configuration.
     """
-    folder, mark = folder.resolve(), None
-    with contextlib.suppress(SafetensorError, FileNotFoundError):
-        mark = safe_open(folder / "model.safetensors", "pt").metadata()
-    if folder.exists() and any(folder.iterdir()) and not EXPORT_MARK.items() <= (mark or {}).items():
-        raise ValueError(f"{folder} holds something other than an exported model: give another --output_path")
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        torch_dtype = getattr(torch, DTYPES[dtype])
+    folder, torch_dtype = folder.resolve(), getattr(torch, DTYPES[dtype])
+    _check_folder(folder)
+    # transformers 5 reads `dtype`, and transformers 4 `torch_dtype`. A Llama needs no code of its own.
+    saved = {"use_cache": True, "dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]}
+    hf_config = LlamaConfig.from_dict({name: config[name] for name in config if name != "auto_map"} | saved)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    _check_shapes(hf_config, shapes)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
         specs = {name: (torch_dtype, shape) for name, shape in shapes.items()}
-        with writer(temporary / "model.safetensors", specs, EXPORT_MARK) as file:
+        with writer(new / "model.safetensors", specs, EXPORT_MARK) as file:
             for name, tensor in tensors:
                 file.add(name, tensor.to(torch_dtype))
             file.finish()
-        # transformers 5 reads `dtype`, and transformers 4 `torch_dtype`.
-        saved = {"use_cache": True, "dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]}
-        hf_config = LlamaConfig.from_dict(config | saved)
         for part in (hf_config, tokenizer, _generation_config(hf_config, tokenizer)):
-            part.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            with naming(folder):
+                part.save_pretrained(new)
+        if folder.exists():
+            folder.rename(Path(temporary, "old"))
+        new.rename(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError if the folder is there and holds anything but an export."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, where a folder is needed: give another --output_path")
+    found, mark = {path.name for path in folder.glob("*")}, None
+    with contextlib.suppress(SafetensorError, FileNotFoundError):
+        mark = safe_open(folder / "model.safetensors", "pt").metadata()
+    foreign = found - EXPORTED if EXPORT_MARK.items() <= (mark or {}).items() else found
+    if foreign:
+        what = f"{folder} holds something other than an exported model ({', '.join(sorted(foreign)[:3])})"
+        raise ValueError(f"{what}: give another --output_path")
+
+
+def _check_shapes(config: LlamaConfig, shapes: dict) -> None:
+    """Raises ValueError if a Llama of this configuration has other parameters."""
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    needed = {(name, tuple(tensor.shape)) for name, tensor in state.items() if name not in tied}
+    given = {(name, tuple(shape)) for name, shape in shapes.items() if name not in tied}
+    for name, shape in sorted(needed ^ given)[:1]:
+        what = f"the checkpoint {'lacks' if (name, shape) in needed else 'has a surplus'} {name} {shape}"
+        raise ValueError(f"{what}: give the --model_id and --num_hidden_layers that it was trained with")
 
 
 def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
@@ -68,12 +94,21 @@ def generate_text(folder: Path, tokenizer, prompt: str, max_new_tokens: int, see
         raise ValueError("--generate needs a prompt of at least one token")
     # A .bin file would be a pickle, so only safetensors are read.
     options = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
-    model, loading = LlamaForCausalLM.from_pretrained(folder, **options)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"the weights lack {', '.join(missing[:3])}: they were saved from another model")
+    options["ignore_mismatched_sizes"] = True  # they are told below
+    try:
+        model, loading = LlamaForCausalLM.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises many kinds for damaged weights
+        reason = str(error).strip().split("\n")[0]
+        raise AssetError(f"{folder} cannot be read ({reason}): download or save it again") from error
+    kinds = {"lack": "missing", "have a surplus": "unexpected", "have another shape of": "mismatched"}
+    for what, kind in kinds.items():
+        if names := ", ".join(map(str, sorted(loading[f"{kind}_keys"])[:3])):
+            raise AssetError(f"the weights of {folder} {what} {names}: they were saved from another model")
     config = _generation_config(model.config, tokenizer)
     config.do_sample, config.temperature, config.top_p, config.max_new_tokens = True, 0.7, 0.9, max_new_tokens
     set_seed(seed)
+    device = "cuda" if torch.cuda.device_count() else "cpu"
+    ids, model = ids.to(device), model.to(device)
     with torch.no_grad():
         output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return tokenizer.decode(output[0], skip_special_tokens=True)

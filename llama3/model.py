@@ -4,6 +4,7 @@ Shapes: B rows of T tokens, N query heads and K key-value heads of size H, hidde
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,55 +17,92 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama3 import assets
-from llama3.loss import IGNORED, chunked_cross_entropy
+from llama3.loss import IGNORED, chunked_cross_entropy, loss_and_gradient
 
 RANDOM_BLOCK = 2**16  # fresh weights that one random generator draws
 
 
-def packed_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seqlens=None, **_):
+def packed_attention(
+    module, query, key, value, attention_mask=None, scaling=None, cu_seqlens=None, longest=None, **_
+):
     """Causal attention inside each document: query (B, N, T, H), key and value (B, K, T, H) -> (B, T, N, H).
 
-    `cu_seqlens` are the document boundaries over the B * T tokens, with every row's start.
-    One kernel computes all documents in half precision on CUDA. Elsewhere one by one is faster than a mask.
+    `cu_seqlens` are the document boundaries over the B * T tokens, with every row's start. No document has
+    more tokens than `longest` has rows, or than T.
     """
     B, N, T, H = query.shape
-    if not query.is_cuda or query.dtype == torch.float32:
-        return _attend_to_each_document(query, key, value, scaling, cu_seqlens), None
-    from torch.nn.attention.varlen import varlen_attn
+    if query.is_cuda and query.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, H) for x in (query, key, value))
-    options = dict(scale=scaling, window_size=(-1, 0), enable_gqa=N != key.shape[1])
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **options).view(B, T, N, H), None
-
-
-@torch.compiler.disable  # the lengths of documents change from batch to batch
-def _attend_to_each_document(query, key, value, scaling, cu_seqlens):
-    B, N, T, H = query.shape
+        # Contiguous, as torch.compile takes the kernel's results to lie in memory like its arguments.
+        q, k, v = (x.transpose(1, 2).reshape(B * T, -1, H).contiguous() for x in (query, key, value))
+        most = T if longest is None else longest.shape[0]
+        options = dict(scale=scaling, window_size=(-1, 0), enable_gqa=N != key.shape[1])
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, most, most, **options).view(B, T, N, H), None
     key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
-    lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist()) if start < stop]
-    # (B, N, T, H) -> the (t, N, H) of each document
-    documents = zip(
-        *(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (query, key, value)), strict=True
-    )
-    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling)
-    outputs = [attend(*(x.transpose(0, 1)[None] for x in document)) for document in documents]  # (1, N, t, H)
-    return torch.cat(outputs, dim=2).view(N, B, T, H).permute(1, 2, 0, 3)
+    if query.is_cuda:  # no variable-length kernel takes fp32
+        tokens = torch.arange(B * T, dtype=cu_seqlens.dtype, device=query.device)
+        document = torch.bucketize(tokens, cu_seqlens, right=True).view(B, 1, T)
+        mask = (document[..., None] == document[..., None, :]).tril()
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2), None
+    q, k, v = (x.transpose(1, 2).reshape(B * T, N, H) for x in (query, key, value))
+    return attention_by_document(q, k, v, cu_seqlens, scaling or H**-0.5)[0].view(B, T, N, H), None
 
 
-def _padded(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Append empty documents up to a power of two, so that a compiled layer rarely meets a new length."""
-    length = max(64, 1 << (len(cu_seqlens) - 1).bit_length())
-    return torch.cat([cu_seqlens, cu_seqlens[-1:].expand(length - len(cu_seqlens))])
+# On a CPU, document after document is faster than a mask. As the lengths of documents change from batch to
+# batch, operators hide them from torch.compile, which would give up here, and trace no checkpoint around it.
+@torch.library.custom_op("llama3::packed_attention", mutates_args=())
+def attention_by_document(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three (tokens, N, H) -> the result in that shape, and what backward needs, (tokens, N)."""
+    attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, is_causal=True, scale=scale)
+    return _by_document(attend, cu_seqlens, [query, key, value])
 
 
+@torch.library.custom_op("llama3::packed_attention_backward", mutates_args=())
+def _attention_by_document_backward(
+    tensors: list[torch.Tensor], cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return _by_document(partial(attend, dropout_p=0.0, is_causal=True, scale=scale), cu_seqlens, tensors)
+
+
+def _by_document(attend, cu_seqlens, tensors):
+    """Apply to the (1, N, t, ...) of each document; tensors and results are (tokens, N, ...)."""
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
+    documents = zip(*(x.split(lengths) for x in tensors), strict=True)
+    results = [attend(*(x.transpose(0, 1)[None] for x in document)) for document in documents]
+    return tuple(torch.cat([x[0].transpose(0, 1) for x in parts]) for parts in zip(*results, strict=True))
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output, cu_seqlens)
+
+
+def _backward(ctx, grad, _):
+    *tensors, cu_seqlens = ctx.saved_tensors
+    return *_attention_by_document_backward([grad, *tensors], cu_seqlens, ctx.scale), None, None
+
+
+attention_by_document.register_autograd(_backward, setup_context=_save_for_backward)
+attention_by_document.register_fake(
+    lambda query, *_: (query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32))
+)
+_attention_by_document_backward.register_fake(
+    lambda tensors, *_: tuple(x.new_empty(x.shape) for x in tensors[1:4])
+)
 ALL_ATTENTION_FUNCTIONS["packed"] = packed_attention
 
 
 class LossHead(nn.Linear):
     """The output projection with the loss: hidden (B, T, D) and shifted labels (B, T) -> the loss's sum."""
 
+    loss_and_grad = None
+
     def forward(self, hidden, labels):
-        return chunked_cross_entropy(hidden, self.weight, labels)
+        return chunked_cross_entropy(hidden, self.weight, labels, self.loss_and_grad)
 
 
 class Llama(nn.Module):
@@ -97,6 +135,10 @@ class Llama(nn.Module):
         tied = self.model.config.tie_word_embeddings
         return [] if tied else [self.model.model.embed_tokens, self.model.lm_head]
 
+    def compile_loss(self, compile: Callable) -> None:
+        """Compile what the loss computes between its matrix products."""
+        self.model.lm_head.loss_and_grad = compile(loss_and_gradient)
+
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the loss summed over a Collator's batch, the same detached, and the number of targets."""
         positions = batch["position_ids"]  # (B, T)
@@ -105,15 +147,28 @@ class Llama(nn.Module):
             input_ids=batch["input_ids"],
             attention_mask=positions[:, None, None, :],
             position_ids=positions,
-            cu_seqlens=_padded(batch["cu_seqlens"]),
             use_cache=False,
+            **self.documents(batch),
         ).last_hidden_state  # (B, T, D)
         loss_sum = self.model.lm_head(hidden, batch["labels"])
         return loss_sum, loss_sum.detach(), (batch["labels"] != IGNORED).sum()
 
+    def documents(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Return what `packed_attention` is told of a batch's documents; no batch compiles a layer again."""
+        # The longest is a tensor's shape, as an integer cannot be dynamic.
+        told = dict(cu_seqlens=batch["cu_seqlens"], longest=torch.empty(batch["longest_document"], 0))
+        for tensor in told.values():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return told
+
     def weight_files(self) -> dict[str, Path] | None:
         """Return the safetensors file of each parameter by its Hugging Face name; None from scratch."""
-        return None if self.from_scratch else assets.weight_files(self.model_id)
+        if self.from_scratch:
+            return None
+        # Older files hold the frequencies too, and some hold tied embeddings twice.
+        unused = ".rotary_emb.inv_freq", "lm_head.weight" if self.model.config.tie_word_embeddings else "."
+        files = assets.weight_files(self.model_id)
+        return {name: file for name, file in files.items() if not name.endswith(unused)}
 
     def initial_values(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements [start, stop) of a fresh parameter, flattened, in fp32.

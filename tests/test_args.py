@@ -56,7 +56,7 @@ def test_batch_sizes_follow_from_each_other(given, derived):
         ),
         (
             dict(micro_batch_size=2, global_batch_size=64, grad_accumulation_steps=3),
-            "= 12 is not global_batch_size 64: give one of the two",
+            "= 12 is not global_batch_size 64: leave grad_accumulation_steps out",
         ),
         (dict(precision="fp16"), "precision is 'fp16': choose one of fp32, bf16"),
         (dict(pas_policy="pp"), "pas_policy is 'pp': choose one of autodist, dp"),

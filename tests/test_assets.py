@@ -8,14 +8,17 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from helpers.corpora import real_tokenizer
-from safetensors.torch import load_file, save_file
+from helpers.corpora import file_size_limit, real_tokenizer
+from helpers.runs import make_model
+from safetensors.torch import load_file, save, save_file
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama3 import assets, presets
 from llama3.assets import AssetError, load_config, load_tokenizer, model_folder, sotu_folder, weight_files
-from llama3.export import generate_text
+from llama3.export import export_hf, generate_text
+from llama3.model import Llama
+from trainer.tensorfile import TensorFileWriter
 
 
 def test_the_default_model_needs_no_hub():
@@ -120,12 +123,102 @@ def test_a_missing_or_damaged_file_is_a_sentence(tiny, tmp_path, name, content, 
         reader(str(folder))
 
 
-def test_text_is_not_generated_from_weights_that_lack_a_parameter(tiny, tmp_path):
+MAPS = {
+    "cannot be read": "{",
+    "names '../": '{"weight_map": {"a": "../model.safetensors"}}',
+    "names '/etc": '{"weight_map": {"a": "/etc/hosts"}}',
+    "names .*'a'": '{"weight_map": ["a"]}',
+    "model.safetensors has no a: ": '{"weight_map": {"a": "model.safetensors"}}',
+}
+
+
+@pytest.mark.parametrize("words", MAPS)
+def test_an_index_that_is_damaged_or_leads_elsewhere_is_a_sentence(tiny, tmp_path, words):
     folder = shutil.copytree(tiny, tmp_path / "model")
-    weights = load_file(folder / "model.safetensors")
-    save_file(dict(list(weights.items())[1:]), folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"lack {list(weights)[0]}"):
+    (folder / "model.safetensors.index.json").write_text(MAPS[words])
+    with pytest.raises(AssetError, match=words) as refused:
+        weight_files(str(folder))
+    assert str(folder) in str(refused.value) and "index.json" in str(refused.value)
+
+
+def change_weights(folder, change):
+    file = folder / "model.safetensors"
+    changed = change(load_file(file))
+    save_file(changed, file, {"format": "pt"}) if isinstance(changed, dict) else file.write_bytes(changed)
+
+
+def test_frequencies_and_a_second_copy_of_tied_embeddings_are_no_parameters(tmp_path):
+    folder = make_model(tmp_path, tie_word_embeddings=True)
+    names = Llama(str(folder)).weight_files().keys()
+    legitimate = ("model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight")
+    change_weights(folder, lambda weights: weights | {name: torch.ones(2) for name in legitimate})
+    assert Llama(str(folder)).weight_files().keys() == names
+    change_weights(folder, lambda weights: weights | {"other.weight": torch.ones(2)})
+    assert Llama(str(folder)).weight_files().keys() - names == {"other.weight"}
+
+
+NORM = "model.norm.weight"
+WEIGHTS = {
+    f"lack {NORM}": lambda weights: {name: weights[name] for name in weights if name != NORM},
+    "have a surplus other.weight": lambda weights: weights | {"other.weight": torch.ones(2)},
+    f"another shape of .*{NORM}": lambda weights: weights | {NORM: torch.ones(2)},
+    "cannot be read .*header": lambda weights: b"these are not weights",
+    "cannot be read .*incomplete": lambda weights: save(weights)[:-9],
+}
+
+
+@pytest.mark.parametrize("words", WEIGHTS)
+def test_text_is_not_generated_from_weights_of_another_model(tiny, tmp_path, words):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    change_weights(folder, WEIGHTS[words])
+    with pytest.raises(AssetError, match=words):
         generate_text(folder, load_tokenizer(str(folder)), "a", 1, 0, "fp32")
+
+
+def export(tiny, folder, values=lambda weights: weights.items(), **changes):
+    config = load_config(str(tiny)).to_dict() | {"auto_map": {"AutoModel": "code.Model"}}
+    weights = load_file(tiny / "model.safetensors") | changes
+    tokenizer, shapes = load_tokenizer(str(tiny)), {name: tensor.shape for name, tensor in weights.items()}
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["code.Tokenizer", None]}
+    export_hf(folder, config, tokenizer, shapes, values(weights), "fp32", TensorFileWriter)
+
+
+def test_of_two_exports_at_once_the_last_one_is_there_whole(tiny, tmp_path):
+    def values(weights):
+        for number, (name, tensor) in enumerate(weights.items()):
+            if number == 5:
+                export(tiny, tmp_path / "hf")
+                assert load_file(tmp_path / "hf" / "model.safetensors")[NORM].sum() == 32
+            yield name, tensor * 0
+
+    export(tiny, tmp_path / "hf", values)
+    assert not any(tensor.any() for tensor in load_file(tmp_path / "hf" / "model.safetensors").values())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_names_no_code_and_refuses_foreign_files_and_other_tensors(tiny, tmp_path):
+    for _ in range(2):
+        export(tiny, tmp_path / "hf")
+    assert not any("auto_map" in path.read_text() for path in (tmp_path / "hf").glob("*.json"))
+    (tmp_path / "hf" / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match="something other than an exported model .notes.md."):
+        export(tiny, tmp_path / "hf")
+    with pytest.raises(ValueError, match="notes.md is a file, where a folder is needed"):
+        export(tiny, tmp_path / "hf" / "notes.md")
+    for name, said in ((NORM, f"a surplus {NORM} .2,"), ("other", "a surplus other .2,")):
+        with pytest.raises(ValueError, match=said + ".*--model_id"):
+            export(tiny, tmp_path / "new", **{name: torch.ones(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_full_disk_names_the_export_whichever_file_does_not_fit(tmp_path):
+    small = make_model(tmp_path / "small", vocab_size=16, hidden_size=8, intermediate_size=8)
+    weights, tokenizer = ((small / name).stat().st_size for name in ("model.safetensors", "tokenizer.json"))
+    assert weights < tokenizer
+    for limit in (weights - 1, tokenizer - 1):
+        with file_size_limit(limit), pytest.raises(OSError) as failed:
+            export(small, tmp_path / "hf")
+        assert str(tmp_path) in failed.value.filename and [*tmp_path.iterdir()] == [small]
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "just-a-name", "a/b/c"])

@@ -170,13 +170,13 @@ def test_left_overs_are_cleaned_up_and_other_peoples_files_are_not(broken, flags
     folder, newest, _ = broken
     (folder / ".saving-0000-0009").mkdir()
     (folder / ".saving-0000-0009" / S0).write_text("half")
-    os.rename(newest, folder / f".replaced-{newest.name}")  # a save died between its two renames
+    (folder / ".doomed-0000-0001").mkdir()  # a deletion died
     mine = [folder / name for name in ("notes.txt", ".saving-notes", "0000-0001-copy", ".hidden-0000")]
     for path in mine:
         path.write_text("mine")
     assert train.main([*flags, "--resume_from=last", "--max_train_steps=5", *outputs(tmp_path)]) == 0
     assert all(path.read_text() == "mine" for path in mine)
-    assert newest.is_dir() and not list(folder.glob(".saving-0*")) + list(folder.glob(".replaced-*"))
+    assert newest.is_dir() and not list(folder.glob(".saving-0*")) + list(folder.glob(".doomed-*"))
     assert sorted(rows(tmp_path / "log", "train_loss")) == [5]  # from step 4, not from 2
 
 
@@ -304,10 +304,10 @@ def test_what_json_makes_of_the_state_is_what_is_checked(tmp_path, saver):
 def test_checkpoints_of_an_abandoned_future_are_neither_counted_nor_preferred(tmp_path, saver):
     for step in (5, 6, 2, 3, 4):  # a run left 5 and 6; then it continued from 1
         saver.record_validation(save(saver, step), 10.0 - step)
-    saver.prune()
+    saver.prune(saver.good)
     assert steps(tmp_path) == [6, 5, 4, 3, 2]  # nothing goes before a step has succeeded from the newest
     saver.confirm()
-    saver.prune()
+    saver.prune(saver.good)
     assert steps(tmp_path) == [6, 5, 4, 3]
     assert [checkpoint.step_of(path) for path in checkpoint.candidates(tmp_path, "last")] == [4, 3, 6, 5]
     assert (tmp_path / "best").resolve().name == "0000-0004"
@@ -317,7 +317,7 @@ def test_a_checkpoint_that_proves_bad_is_withdrawn(tmp_path, saver):
     save(saver, 1)
     saver.confirm()
     save(saver, 2)
-    saver.discard_newest()
+    saver.retreat(discard=True)
     assert steps(tmp_path) == [1] and (tmp_path / "last").readlink() == Path("0000-0001")
     assert saver.last_good() == f"the last good checkpoint is {tmp_path / '0000-0001'}"
 

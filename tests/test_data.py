@@ -1,6 +1,7 @@
 """Prepared data: what lies on disk is what was given, whoever prepared it and however often it was killed."""
 
 import gzip
+import json
 import multiprocessing
 import os
 import random
@@ -23,7 +24,7 @@ from helpers.corpora import documents_of, facts, make_texts, prepare_records, re
 from helpers.runs import ROOT, environment, python
 
 from llama3 import data, shards, sources
-from llama3.data import Collator, DataError, open_split, prepare
+from llama3.data import Collator, DataError, check_prepared, fingerprint, open_split, prepare, verify
 from llama3.encode import Encoder
 from llama3.sources import Document
 
@@ -83,6 +84,7 @@ def test_the_same_texts_give_the_same_samples_from_every_kind_of_file_and_a_mix(
     (kinds / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     with pa.CompressedOutputStream(str(kinds / "c.jsonl.zst"), "zstd") as file:
         file.write(lines)
+    (kinds / "c2.JSONL.GZ").write_bytes(gzip.compress(lines))
     pq.write_table(pa.table({"id": range(40), "text": texts}), kinds / "d.parquet", row_group_size=7)
     (kinds / "e.parquet.gz").write_bytes(gzip.compress((kinds / "d.parquet").read_bytes()))
     named = {source.name: str(source) for source in kinds.iterdir()}
@@ -91,7 +93,7 @@ def test_the_same_texts_give_the_same_samples_from_every_kind_of_file_and_a_mix(
     named["mix"] = f"{kinds}/mix*.jsonl,{kinds}/mix-b.parquet,{kinds}/texts/0[23]*.txt"
     for name, source in named.items():
         prepare(source, tokenizer, tmp_path / name, T, validation_fraction=0.2)
-    assert len(named) == 7 and sum(facts(tmp_path / "mix")["documents"].values()) == 40
+    assert len(named) == 8 and sum(facts(tmp_path / "mix")["documents"].values()) == 40
     assert all(samples(tmp_path / name) == samples(tmp_path / "a.jsonl") for name in named)
 
 
@@ -214,6 +216,15 @@ def files_of(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_a_full_disk_names_the_file_and_preparation_continues_when_there_is_room(tmp_path, tokenizer):
+    source = str(corpora.write_jsonl(tmp_path / "a.jsonl", make_texts(300)))
+    for size, name in {1000: "blocks.arrow", 150_000: "shard-0000.arrow", 200_000: "train.arrow"}.items():
+        with corpora.file_size_limit(size), pytest.raises(OSError) as failed:
+            prepare(source, tokenizer, tmp_path / "p", T, num_proc=1)
+        assert failed.value.filename.startswith(f"{tmp_path}/p.preparing/") and name in failed.value.filename
+    assert prepare(source, tokenizer, tmp_path / "p", T).exists()
+
+
 def test_preparing_again_does_nothing_and_says_so(tmp_path, tokenizer, capsys):
     before = files_of(prepare_records(tmp_path, tokenizer, make_texts(50)))
     capsys.readouterr()
@@ -310,8 +321,9 @@ def test_a_split_opens_whole_or_as_always_the_same_samples_from_all_over(prepare
 
 
 UNFIT = {
-    "Prepare it again": dict(split="damaged"),
+    "p and prepare it again": dict(split="damaged"),
     "python train.py --prepare_data": dict(dataset_path="nowhere"),
+    "run `make data`": dict(dataset_path="nowhere", command="make data"),
     "--max_seq_len=64": dict(max_seq_len=32),
     "the model's vocabulary has 100": dict(vocab_size=100),
 }
@@ -323,6 +335,73 @@ def test_what_does_not_fit_is_refused_with_the_fix(prepared, said):
     fits = dict(dataset_path=prepared, split="train", max_seq_len=T, vocab_size=320)
     with pytest.raises(DataError, match=re.escape(said)):
         open_split(**fits | UNFIT[said])
+
+
+def test_what_is_prepared_beside_a_missing_folder_is_listed(tmp_path, tokenizer):
+    prepare_records(tmp_path, tokenizer, make_texts(50))
+    for missing, said in (("q", f"{tmp_path}/p ({tmp_path}/a.jsonl, 64 tokens)"), ("p/q", "nothing")):
+        with pytest.raises(DataError, match=re.escape(f"beside it: {said})")):
+            open_split(tmp_path / missing, "train", T, 320)
+
+
+def test_one_part_of_the_verification_finds_a_changed_or_missing_file(tmp_path, tokenizer):
+    folder = prepare_records(tmp_path, tokenizer, make_texts(300))
+    verify(folder)
+    damaged = folder / "train" / "data-00000-of-00001.arrow"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    parts = [list(facts(folder)["files"])[part::3] for part in range(3)]
+    (part,) = (n for n, names in enumerate(parts) if "train/data-00000-of-00001.arrow" in names)
+    for change in (lambda: damaged.write_bytes(content), lambda: damaged.write_bytes(b""), damaged.unlink):
+        change()
+        with pytest.raises(DataError, match=f"{damaged} does not match its checksum .* prepare it again"):
+            verify(folder, part, 3)
+        verify(folder, (part + 1) % 3, 3)
+        verify(folder, (part + 2) % 3, 3)
+
+
+def test_data_of_an_earlier_format_are_refused_with_the_fix(tmp_path, tokenizer):
+    folder = prepare_records(tmp_path, tokenizer, make_texts(50))
+    said = facts(folder)
+    said["settings"]["format"] -= 1
+    said.pop("files")
+    (folder / "preparation.json").write_text(json.dumps(said))
+    for use in (verify, fingerprint, lambda path: open_split(path, "train", T, 320)):
+        with pytest.raises(DataError, match="format 2 .* format 3 is needed: remove .* prepare it again"):
+            use(folder)
+
+
+def test_a_fingerprint_depends_on_samples_and_settings_not_on_paths_and_times(tmp_path, tokenizer):
+    found = {}
+    for name, count, seed in (("a", 50, 0), ("b", 50, 0), ("seed", 50, 1), ("fewer", 40, 0)):
+        (tmp_path / name).mkdir()
+        source = corpora.write_jsonl(tmp_path / name / "a.jsonl", make_texts(count))
+        source.write_text(source.read_text() + " " * (4 << 20))  # its identity has the time of a large file
+        os.utime(source, (len(found), len(found)))
+        found[name] = fingerprint(prepare(str(source), tokenizer, tmp_path / name / "p", T, seed=seed))
+    assert found["a"] == found["b"] and len({*found.values()}) == 3
+
+
+def test_training_must_ask_for_the_tokenizer_and_the_flags_of_the_data(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpora.write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    prepare("a.jsonl", tokenizer, "p", T, validation_fraction=0.1)
+    for same in ("./a.jsonl", str(tmp_path / "a.jsonl"), "a.jsonl/"):
+        check_prepared("p", tokenizer, dataset_id=same, validation_fraction=0.1)
+    check_prepared("p", tokenizer, text_column=None)
+    for name, value in dict(dataset_id="b.jsonl", validation_fraction=0.2, text_column="body").items():
+        with pytest.raises(DataError, match=f"--{name} is {value}: leave --{name} out"):
+            check_prepared("p", tokenizer, **{name: value})
+    with pytest.raises(DataError, match="--tokenizer_id=.* prepare the data with smollm2-135m at another"):
+        check_prepared("p", real_tokenizer("smollm2-135m"))
+
+
+def test_git_does_not_see_prepared_data(tmp_path, tokenizer):
+    prepare_records(tmp_path, tokenizer, make_texts(50))
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    command = ["git", "status", "--porcelain", "--untracked-files=all"]
+    seen = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert seen == "?? a.jsonl\n"
 
 
 def test_end_of_text_is_a_target_and_a_documents_first_token_is_not():
@@ -356,6 +435,13 @@ def test_a_batch_is_what_it_promises_whatever_rows_are_missing(prepared, count):
     assert tuple(batch[name].tolist() for name in names) == slow_batch(given, 4)
     assert [batch[name].dtype for name in names] == [torch.int64] * 3 + [torch.int32]
     assert batch["num_tokens"] == count * T
+
+
+def test_a_preparation_that_drops_much_of_the_text_says_so_once(tmp_path, tokenizer, capsys):
+    for count, warned in ((1, 1), (50, 0)):
+        prepare_records(tmp_path, tokenizer, ["x" * (T + 20)] * count, str(count), validation_fraction=0)
+        said = capsys.readouterr().out
+        assert said.count("warning: ") == warned and ("85 tokens fill no sample" in said) == warned
 
 
 def test_the_summary_shows_counts_lengths_and_a_sample(tmp_path, tokenizer, capsys):

@@ -106,25 +106,39 @@ def test_a_conversation_that_does_not_fit_the_template_is_refused_by_its_place(t
     assert template == FORGETFUL or encoder.conversation(chat("a", "b"))
 
 
-def test_a_tokenizer_without_a_template_is_refused_with_the_fix():
+def test_a_tokenizer_without_a_template_is_refused_with_the_fix_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(EncodeError, match="no chat template.*--tokenizer_id"):
-        Encoder(small_tokenizer(chat_template=None)).conversation(chat("a", "b"))
+        prepare_records(tmp_path, small_tokenizer(chat_template=None), [dict(messages=chat("a", "b"))] * 50)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_conversations_from_jsonl_and_parquet_are_the_same_samples(tmp_path):
-    tokenizer, pairs = small_tokenizer(), [(f"question {n} " * 9, f"answer {n} " * 9) for n in range(60)]
-    settings = dict(validation_fraction=0.1)
-    prepare_records(
-        tmp_path, tokenizer, [{"messages": chat(*pair)} for pair in pairs], "messages", **settings
+def test_conversations_of_every_form_from_jsonl_and_parquet_are_the_same_samples(tmp_path):
+    tokenizer, pairs = (
+        small_tokenizer(),
+        [(f"question {n}\n\n" + "x " * 30, f"answer {n}") for n in range(60)],
     )
-    pq.write_table(pa.table({"messages": [chat(*pair) for pair in pairs]}), tmp_path / "a.parquet")
-    prepare(str(tmp_path / "a.parquet"), tokenizer, tmp_path / "parquet", 64, **settings)
-    records = [dict(prompt=question, completion=answer) for question, answer in pairs]
-    prepare_records(tmp_path, tokenizer, records, "prompts", **settings)
-    found = samples(tmp_path / "messages")
-    assert found == samples(tmp_path / "parquet") == samples(tmp_path / "prompts")
-    learned = sum(sum(row["loss_mask"]) for row in found[0])
-    assert 0 < learned < 64 * len(found[0])
+    forms = {
+        "messages": lambda q, a: dict(messages=chat(q, a)),
+        "prompts": lambda q, a: dict(prompt=q, completion=a),
+        "alpaca": lambda q, a: dict(
+            zip(("instruction", "input"), q.split("\n\n"), strict=True), output=a, text=q
+        ),
+        "no-input": lambda q, a: dict(instruction=q, output=a),
+        "null-input": lambda q, a: dict(instruction=q, input=None, output=a),
+        "empty-input": lambda q, a: dict(instruction=q, input="", output=a),
+        "sharegpt": lambda q, a: dict(
+            conversations=[{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+        ),
+    }
+    for name, form in forms.items():
+        records = [form(*pair) for pair in pairs]
+        prepare_records(tmp_path, tokenizer, records, name, validation_fraction=0.1)
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+        parquet = tmp_path / f"{name}-parquet"
+        prepare(str(tmp_path / "a.parquet"), tokenizer, parquet, 64, validation_fraction=0.1)
+        found = samples(tmp_path / name)
+        assert found == samples(parquet) == samples(tmp_path / "messages"), name
+    assert 0 < sum(sum(row["loss_mask"]) for row in found[0]) < 64 * len(found[0])
 
 
 def test_text_among_conversations_is_learned_whole_and_the_summary_shows_what_is_learned(tmp_path, capsys):

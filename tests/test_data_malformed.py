@@ -76,6 +76,10 @@ BAD_LINES = [  # (line of a .jsonl, what the complaint about it must begin with)
     (turns(USER, REPLY | {"tool_calls": [{"name": "f"}]}), "turn 2 has tool_calls"),
     (turns(USER, REPLY | {"weight": 0}), "turn 2 has a weight"),
     (turns(USER), "no assistant turn to learn"),
+    (b'{"conversations": [{"from": "narrator", "value": "x"}]}', "turn 1 has role 'narrator'"),
+    (b'{"conversations": [{"from": "human"}]}', "the content of turn 1 is null"),
+    (b'{"conversations": {}}', "'conversations' is not a list of turns"),
+    (b'{"instruction": "x", "input": ["y"], "output": "z"}', "'instruction' or 'input' is list"),
     (turns(REPLY, USER), "it begins with an assistant turn"),
 ]
 BAD_FILES = [  # (name, content, what the complaint must begin with)
@@ -103,6 +107,7 @@ def test_a_bad_sample_is_named_and_refused_or_counted_and_left_out(tmp_path, wri
         prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64)
     assert f"{tmp_path}/in/{said}" in str(refused.value) and "--skip_bad_samples" in str(refused.value)
     assert "1 bad sample:" in str(refused.value) and not (tmp_path / "p").exists()
+    assert f"({tmp_path}/p.preparing keeps what is tokenized)" in str(refused.value)
     prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
     known = facts(tmp_path / "p")
     assert known["bad_samples"] == 1 and sum(known["documents"].values()) >= len(GOOD)
@@ -144,6 +149,7 @@ USELESS = {
     "a file of another kind": (("a.csv", "x"), "in/a.csv", "has no .txt"),
     "nothing but empty files": (("a.jsonl", ""), "in", "0 documents with 0 tokens"),
     "nothing but empty texts": (("a.jsonl", '{"text": ""}\n{"text": " "}'), "in", "0 documents"),
+    "a column of a .txt": (("a.txt", "a b c"), "in", "--text_column=body has no meaning for .txt"),
     "less than one sample": (("a.txt", "a b c"), "in", "fewer than one sample of --max_seq_len=64"),
 }
 
@@ -155,8 +161,9 @@ def test_nothing_to_prepare_is_a_sentence(tmp_path, name):
     if content:
         (tmp_path / "in" / content[0]).write_text(content[1])
     with pytest.raises(ValueError) as refused:
-        prepare(f"{tmp_path}/{dataset_id}", small_tokenizer(), tmp_path / "p", 64)
-    assert said in str(refused.value) and not (tmp_path / "p").exists()
+        column = "body" if "text_column" in said else None
+        prepare(f"{tmp_path}/{dataset_id}", small_tokenizer(), tmp_path / "p", 64, text_column=column)
+    assert said in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_the_first_few_of_many_bad_samples_are_named_by_line_and_all_are_counted(tmp_path, monkeypatch):

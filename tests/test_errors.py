@@ -2,71 +2,186 @@
 
 import json
 import shutil
+import stat
+from pathlib import Path
 
 import pytest
-from helpers.runs import outputs, python, torchrun
+from helpers.runs import make_text, outputs, python, torchrun
 
 import train
 
-# name: (flags beside the good ones, what the message must contain)
+# The flags of every case. The folders and files are those of `place`.
+GOOD = "--model_id=model --dataset_id=text.jsonl --max_seq_len=32 --precision=fp32 --global_batch_size=4"
+# Flags beside the good ones -> what the message must contain: what came, what is needed, the fix.
 WRONG = {
-    "not prepared": ("--dataset_path=nowhere", "nowhere, python train.py --prepare_data"),
-    "another sequence length": ("--max_seq_len=64", "32, --max_seq_len"),
-    "less data than a global batch": ("--global_batch_size=4096", "4096, --global_batch_size"),
-    "unknown model folder": ("--model_id=./no-such-model", "no-such-model"),
-    "indivisible sizes": ("--micro_batch_size=3 --global_batch_size=8", "3, 8, divide, micro_batch_size"),
-    "batch sizes that contradict": ("--grad_accumulation_steps=3 --global_batch_size=8", "3, 8"),
-    "resume path that is not there": ("--resume_from=./gone", "gone, train first, a merged file"),
-    "resume from a file that is no checkpoint": ("--resume_from=train.py", "train.py"),
-    "no checkpoint to merge": ("--merge_checkpoint=./gone", "gone, train first"),
-    "no checkpoint to export": ("--export_hf=./gone", "gone, train first"),
-    "no checkpoint to evaluate": ("--evaluate --resume_from=last --save_dir=none", "no such checkpoint"),
-    "two modes": ("--prepare_data --evaluate", "--prepare_data, --evaluate, not allowed"),
-    "two presets": ("--mini --demo", "--mini, --demo, not allowed"),
-    "no steps": ("--max_train_steps=0", "--max_train_steps 0, at least 1"),
-    "negative learning rate": ("--learning_rate=-1", "--learning_rate -1.0, at least 0"),
-    "all data for validation": ("--validation_fraction=1", "--validation_fraction 1.0, below 1"),
-    "recompute of nothing known": ("--recompute=some", "--recompute some, full"),
-    "all at once": ("--max_train_steps=0 --seed=-1 --recompute=x", "--max_train_steps, --seed, --recompute"),
-    "a folder that cannot be written": ("--save_dir=train.py/ckpt", "train.py/ckpt, cannot be written"),
-    "misspelt flag": ("--learning_rte=1", "--learning_rte"),
+    # values and names of flags
+    "--max_train_steps=0": "--max_train_steps 0, at least 1",
+    "--learning_rate=-1": "--learning_rate -1.0, at least 0",
+    "--learning_rate=inf": "--learning_rate inf, a smaller number is needed",
+    "--validation_fraction=1": "--validation_fraction 1.0, below 1",
+    "--recompute=some": "--recompute some, full, a number of layers",
+    "--dp_replicate=2": "--dp_replicate 2, does not divide 1 ranks",
+    "--precision=fp16": "--precision, 'fp16', 'bf16', 'fp32'",
+    "--seed=4294967296": "--seed 4294967296, below 2^32",
+    "--max_train_steps=0 --seed=-1 --recompute=x": "--max_train_steps, --seed, --recompute",
+    "--learning_rte=1": "--learning_rte, did you mean --learning_rate?",
+    "--lr=1": "--lr, did you mean --learning_rate?",
+    "--batch-size=2": "--batch-size, did you mean --global_batch_size?",
+    "--from_scratch=True": "--from_scratch takes no value, write --from_scratch alone",
+    "--prepare_data --evaluate": "--prepare_data, --evaluate, not allowed",
+    "--engine=nnscaler": "nnScaler is not installed, --engine=native",
+    # batch sizes
+    "--global_batch_size=4096": "text-32 has, training samples, 4096, lower, --global_batch_size",
+    "--micro_batch_size=1000": "1000, does not divide, 4, use micro_batch_size 2 or 4",
+    "--grad_accumulation_steps=3 --global_batch_size=8": "3, 8, leave grad_accumulation_steps out",
+    "--resume_from=last --grad_accumulation_steps=3": "3, global_batch_size 4, leave",
+    # models
+    "--model_id=./gone": "./gone, neither a folder here nor a hub id, check the name",
+    "--model_id=owner/name": "owner/name cannot be had, HF_HUB_OFFLINE, local folder, --demo",
+    "--model_id=text.jsonl": "text.jsonl is neither a folder, check the name",
+    "--model_id=checkpoints/last": "--model_id checkpoints/last, --resume_from, --export_hf",
+    "--model_id=checkpoints/merged.ckpt": "merged.ckpt, --resume_from, --export_hf",
+    "--model_id=gpt2": "gpt2 is a model of type 'gpt2', 'llama'",
+    "--model_id=mute": "mute has no tokenizer.json, --tokenizer_id=llama3",
+    "--model_id=torn": "torn/model.safetensors cannot be read, download",
+    "--model_id=lists": "lists/model.safetensors.index.json, weight_map, download",
+    "--model_id=more": "more holds no tensor model.layers.3, give the flags of its model",
+    "--model_id=fewer": "fewer holds model.layers.2, lacks, give the flags of its model",
+    "--model_id=narrow": "has shape, give the same model flags",
+    "--model_id=small": "token id, the model's vocabulary has 96, --tokenizer_id",
+    "--model_id=checkpoints/hf": "would be set aside, checkpoints/hf, another --save_dir",
+    # prepared data
+    "--dataset_path=gone --seed=3": "gone is not prepared, --seed=3, text-32 (text.jsonl, 32 tokens)",
+    "--dataset_path=text-32 --max_seq_len=64": "32 tokens, --max_seq_len is 64, use --max_seq_len=32",
+    "--dataset_path=text-32 --dataset_id=other.jsonl": "text.jsonl, other.jsonl, leave --dataset_id out",
+    "--validation_fraction=0.3": "validation_fraction 0.2, 0.3, leave --validation_fraction out",
+    "--dataset_path=rotten-32": "rotten-32, checksum, prepare it again",
+    "--tokenizer_id=other": "another tokenizer (model) than other, --tokenizer_id=model",
+    # folders
+    "--save_dir=notes": "notes holds files that no run wrote, --save_dir",
+    "--save_dir=text.jsonl/ckpt": "text.jsonl/ckpt cannot be written to, another --save_dir",
+    "--save_dir=/proc/ckpt": "/proc/ckpt cannot be written to, another --save_dir",
+    "--log_dir=/proc/log": "/proc/log cannot be written to, --log_dir",
+    f"--save_dir={'n' * 256}": "nnn, File name too long, name a folder",
+    # resuming
+    "--resume_from=gone": "there is no checkpoint gone, train first, merged file",
+    "--resume_from=checkpoints": "checkpoints is a folder of checkpoints, checkpoints/0000-0002, 'last'",
+    "--resume_from=model": "model is a model, --model_id=model",
+    "--resume_from=checkpoints/last --model_id=more": "num_hidden_layers 3, not 4, leave out the flags",
+    "--resume_from=last --model_id=theta": "10000.0, not, 500000.0, leave out the flags, --export_hf",
+    "--resume_from=last --dataset_id=other.jsonl": "other-32 holds other data, text-32, --allow_changed_data",
+    "--resume_from=last --dataset_path=text-32 --dataset_id=other.jsonl": "leave --dataset_id out",
+    "--resume_from=last --tokenizer_id=other": "another tokenizer (model), --tokenizer_id=model",
+    "--resume_from=last --save_dir=damaged": "0000-0002/shard, does not match its checksum, use another",
+    "--resume_from=best --save_dir=unlinked": "unlinked holds 0000-0002, no 'best', 'last'",
+    "--resume_from=last --save_dir=linked": "linked/last leads to, of another folder, --resume_from=",
+    # other modes
+    "--evaluate --resume_from=last --save_dir=gone": "no such checkpoint in gone, train first, --save_dir",
+    "--evaluate --resume_from=last --model_id=more": "num_hidden_layers 3, not 4, leave out the flags",
+    "--evaluate --dataset_path=other-32 --dataset_id=other.jsonl": "no validation, --validation_fraction",
+    "--prepare_data --dataset_id=gone.txt": "--dataset_id=gone.txt does not exist, a glob",
+    "--prepare_data --dataset_id=bad.jsonl": "3 bad samples, :1: column 'text' is int, :2: not JSON, --skip",
+    "--prepare_data --dataset_id=few.txt": "fewer than one sample of --max_seq_len=32, give more text",
+    "--prepare_data --dataset_id=latin.txt": "latin.txt:1: not UTF-8, save it as UTF-8",
+    "--prepare_data --dataset_id=chats.jsonl": "no chat template, --tokenizer_id",
+    "--prepare_data --seed=1": "text-32 holds text.jsonl, seed 0, now 1, another --dataset_path",
+    "--prepare_data --dataset_path=notes": "notes exists, not a prepared data set, another --dataset_path",
+    "--prepare_data --dataset_path=/proc/x/data": "/proc/x, name a folder that can be written",
+    "--merge_checkpoint=text.jsonl": "text.jsonl is no checkpoint, give a checkpoint folder",
+    "--merge_checkpoint=damaged/0000-0002": "0000-0002/shard, checksum, use another",
+    "--merge_checkpoint --save_dir=unlinked": "no checkpoint unlinked/last, such as unlinked/0000-0002",
+    "--merge_checkpoint --output_path=text.jsonl": "text.jsonl is there, give another --output_path",
+    "--merge_checkpoint --output_path=checkpoints/last": "checkpoints/last is there, another --output_path",
+    "--merge_checkpoint --output_path=few.txt/x": "few.txt, name a folder that can be written",
+    "--export_hf=new": "there is no checkpoint new, --output_path is where a result goes",
+    "--export_hf --output_path=few.txt": "few.txt is a file, another --output_path",
+    "--export_hf --output_path=notes": "notes holds something other, another --output_path",
+    "--export_hf --output_path=checkpoints": "checkpoints holds something other, another --output_path",
+    "--export_hf --model_id=theta": "10000.0, not, 500000.0, leave out the flags",
+    "--generate= --resume_from=last": "--generate needs a prompt",
+    "--generate=x --resume_from=last --num_hidden_layers=4": "num_hidden_layers 3, not 4, leave out",
+    "--generate=x --model_id=torn": "torn/model.safetensors cannot be read, download",
+    "--generate=x --model_id=fewer": "fewer have a surplus model.layers.2, another model",
+    "--verify_resume --resume_from=last": "--verify_resume, leave --resume_from out",
+    "--verify_resume --max_train_steps=3": "--max_train_steps=3, at least 4 steps",
 }
 
 
+FILES = {"bad.jsonl": '{"text": 1}\nno JSON\n[]\n', "chats.jsonl": '{"prompt": "x", "completion": "y"}'}
+FILES |= {"few.txt": "few", "latin.txt": "caf\xe9", "notes/diary.pdf": "mine"}
+FILES |= {"torn/model.safetensors": "torn"}
+FILES |= {"lists/model.safetensors.index.json": '{"weight_map": ["x"]}'}
+THETA = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+CHANGED = {"more": {"num_hidden_layers": 4}, "fewer": {"num_hidden_layers": 2}, "theta": THETA}
+CHANGED |= {"gpt2": {"model_type": "gpt2"}, "small": {"vocab_size": 96}, "narrow": {"intermediate_size": 96}}
+CHANGED |= dict.fromkeys(("other", "mute", "torn", "lists"), {})
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A user's folder: models, texts, prepared data, a run of two steps, and damaged copies of them."""
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = json.loads(Path(shutil.copytree(tiny, "model"), "config.json").read_text())
+        for name, changes in CHANGED.items():
+            Path(shutil.copytree(tiny, name), "config.json").write_text(json.dumps(config | changes))
+        Path("mute/tokenizer.json").unlink()
+        tokenizer = json.loads(Path("other/tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        del vocabulary[max(vocabulary, key=vocabulary.get)], tokenizer["model"]["merges"][-1]
+        Path("other/tokenizer.json").write_text(json.dumps(tokenizer))
+        for name, content in FILES.items():
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).write_text(content, "latin-1")
+        for seed, name in enumerate(("text.jsonl", "other.jsonl")):
+            make_text(Path(name), 60, seed)
+            split = f"--validation_fraction={0.2 * (not seed)}"
+            assert train.main([*GOOD.split(), "--prepare_data", f"--dataset_id={name}", split]) == 0
+        for flag in ("--max_train_steps=2", "--merge_checkpoint", "--export_hf"):
+            assert train.main([*GOOD.split(), flag]) == 0
+        copies = {"text-32": "rotten-32", "checkpoints": "damaged"}
+        copied = [Path(shutil.copytree(*names, symlinks=True)) for names in copies.items()]
+        for file in (path for copy in copied for path in [*copy.glob("t*/*.arrow"), *copy.glob("0*/shard*")]):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        shutil.copytree("checkpoints", "unlinked", ignore=shutil.ignore_patterns("last", "best"))
+        Path("linked").mkdir()
+        Path("linked/last").symlink_to("../checkpoints/0000-0002")
+    return folder
+
+
+def everything(folder: Path) -> dict:
+    """What each path is, and when a file or link was written; a lock file may say who held it last."""
+    found = ((path, path.lstat()) for path in folder.rglob("*") if path.name != ".run.lock")
+    return {path: (s.st_mode, s.st_size, stat.S_ISDIR(s.st_mode) or s.st_mtime_ns) for path, s in found}
+
+
 @pytest.fixture
-def refused(flags, capsys):
+def refused(flags, capfd):
     """Calls main, which must return 2; returns what it says: a line for each wrong flag at most."""
 
-    def call(*wrong):
-        assert train.main([*flags, *wrong]) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        return said
+    def call(*wrong, good=flags):
+        assert train.main([*good, *wrong]) == 2
+        said = capfd.readouterr().err
+        assert "Traceback" not in said and said.count("train.py: ") == 1
+        return said.partition("train.py: ")[2]
 
     return call
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_a_sentence_with_the_fix(refused, case):
-    wrong, words = WRONG[case]
-    said = refused(*wrong.split())
-    assert all(word in said for word in words.split(", ")), said
-    assert said.count("\n") <= len(wrong.split()), "more than one line for each flag"
-
-
-def test_a_fresh_run_does_not_set_aside_what_it_reads(refused, tiny, tmp_path):
-    (tmp_path / "ckpt" / "last").mkdir(parents=True)
-    model = shutil.copytree(tiny, tmp_path / "ckpt" / "hf")
-    said = refused(f"--model_id={model}", *outputs(tmp_path))
-    assert "would be set aside" in said and model.exists()
-
-
-@pytest.mark.parametrize("size, word", [("vocab_size", "--tokenizer_id"), ("intermediate_size", "has shape")])
-def test_data_or_weights_that_do_not_fit_the_model_are_refused(refused, tmp_path, tiny, size, word):
-    other = shutil.copytree(tiny, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {size: 96}))
-    assert word in refused(f"--model_id={other}", *outputs(tmp_path))
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_is_a_sentence_with_the_fix_and_changes_nothing(refused, place, monkeypatch, wrong):
+    monkeypatch.chdir(place)
+    before = everything(place)
+    said = refused(*wrong.split(), good=[*GOOD.split(), "--max_train_steps=4"])
+    assert all(word in said for word in WRONG[wrong].split(", ")), said
+    after = everything(place)
+    if "bad sample" not in said:
+        assert said.count("\n") <= len(wrong.split()), "more than one line for each flag"
+        assert after == before
+    assert before.items() <= after.items() and all(".preparing" in str(new) for new in after.keys() - before)
 
 
 def test_a_gated_model_without_a_token_names_variable_page_and_demo(prepared, tmp_path):
@@ -78,10 +193,11 @@ def test_a_gated_model_without_a_token_names_variable_page_and_demo(prepared, tm
 
 
 @pytest.mark.parametrize("wrong, said", [("--dataset_path=x", "x is not"), ("--prepare_data", "with python")])
-def test_under_torchrun_one_clear_message_before_ranks_meet(flags, wrong, said):
+def test_under_torchrun_the_ranks_give_one_clear_message(flags, wrong, said):
     done = torchrun(2, "train.py", *flags, wrong, check=False)
     assert done.returncode == 1  # torchrun's own
-    assert done.stderr.count(said) == 1 and "init_process_group" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert len(lines) == 1 and said in lines[0]
 
 
 def test_a_missing_last_is_a_warning_and_a_fresh_start(flags, tmp_path, caplog):

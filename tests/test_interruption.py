@@ -13,6 +13,7 @@ from helpers import runs
 from helpers.runs import assert_same, outputs, python, rows, run_cases, torchrun
 
 import train
+from trainer import ranks
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import load_batches
 
@@ -109,10 +110,18 @@ def test_a_rank_stopped_by_sigterm_exits_with_143(launch, heavier, tmp_path):
     assert Checkpoint.open(last).state["step"] > saved
 
 
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    with ranks.process_group():
+        yield
+
+
+@pytest.mark.usefixtures("group")
 def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path, monkeypatch):
     def trainer(name, *more):
         every = ["--save_every_n_train_steps=2", "--max_train_steps=5", *outputs(tmp_path / name)]
-        return train.build_trainer(train.parse_args([*flags, *every, *more]))
+        return train.build_trainer(train.parse_args([*flags, *every, *more]))[0]
 
     stopped, seen = trainer("stopped"), []
 

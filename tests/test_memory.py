@@ -59,3 +59,20 @@ def test_at_start_no_rank_grows_by_the_whole_model(large, tmp_path, how):
     _, flags, bound, total = large
     for found in measured(tmp_path, 4, "setup", *flags, *how, *outputs(tmp_path)):
         assert found["peak_bytes"] - found["state_bytes"] <= bound < total
+
+
+FAULTS = """
+import resource, sys, torch
+from trainer import setup
+if sys.argv[1] == "keep":
+    setup.keep_freed_memory()
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**22).add(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_memory_is_not_asked_for_again():
+    faults = {how: int(python("-c", FAULTS, how).stdout) for how in ("plain", "keep")}
+    assert faults["keep"] < 1000 < faults["plain"]

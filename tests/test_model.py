@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from llama3 import loss
-from llama3.loss import chunked_cross_entropy
-from llama3.model import Llama, _padded, packed_attention
+from llama3.loss import chunked_cross_entropy, loss_and_gradient
+from llama3.model import Llama, attention_by_document, packed_attention
 
 B, T, N, K, H = 2, 24, 4, 2, 8  # rows, tokens, query heads, key-value heads, head size
 BOUNDS = [[0, 24, 48], [0, 10, 24, 30, 48], [0, 1, 2, 24, 47, 48]]
@@ -28,31 +28,54 @@ def queries_keys_values(**options):
 
 
 @pytest.mark.parametrize("bounds", BOUNDS)
-@pytest.mark.parametrize("pad", [lambda bounds: bounds, _padded])
-def test_attention_and_its_gradients_stay_inside_documents(bounds, pad):
+def test_attention_and_its_gradients_stay_inside_documents(bounds):
     ours, theirs = queries_keys_values(), queries_keys_values()
-    out, _ = packed_attention(None, *ours, cu_seqlens=pad(torch.tensor(bounds, dtype=torch.int32)))
+    out, _ = packed_attention(None, *ours, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     expected = masked_attention(*theirs, bounds)
     torch.testing.assert_close(out, expected)
     found = (torch.autograd.grad(o.square().sum(), x) for o, x in ((out, ours), (expected, theirs)))
     torch.testing.assert_close(*found)
 
 
+def test_torch_finds_the_attention_operator_as_it_is_declared():
+    query, key, value = (torch.randn(N, T, H).transpose(0, 1).requires_grad_() for _ in range(3))
+    bounds = torch.tensor([0, 10, T], dtype=torch.int32)
+    torch.library.opcheck(attention_by_document, (query, key, value, bounds, 0.5))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("bounds", BOUNDS)
-def test_the_variable_length_kernel_equals_masked_attention(bounds):
-    ours = queries_keys_values(device="cuda", dtype=torch.bfloat16)
-    cu_seqlens = _padded(torch.tensor(bounds, dtype=torch.int32, device="cuda"))
-    out, _ = packed_attention(None, *ours, cu_seqlens=cu_seqlens)
-    expected = masked_attention(*(x.float().cpu() for x in ours), bounds)
-    torch.testing.assert_close(out.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_on_cuda_and_its_gradients_equal_masked_attention(bounds, dtype):
+    ours = queries_keys_values(device="cuda", dtype=dtype)
+    theirs = [x.detach().float().cpu().requires_grad_() for x in ours]
+    longest = torch.empty(max(stop - start for start, stop in pairwise(bounds)), 0)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    out, _ = packed_attention(None, *ours, cu_seqlens=cu_seqlens, longest=longest)
+    expected = masked_attention(*theirs, bounds)
+    found = (torch.autograd.grad(o.float().sum(), x) for o, x in ((out, ours), (expected, theirs)))
+    for one, other in zip((out, *next(found)), (expected, *next(found)), strict=True):
+        torch.testing.assert_close(one.float().cpu(), other, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("logits_per_chunk", [1, 7 * 50, 2**26])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_loss_on_cuda_equals_the_loss_on_a_cpu():
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(2000, 64).bfloat16(), torch.randn(512, 64).bfloat16()
+    labels, found = torch.randint(0, 512, (2000,)), {}
+    for device in ("cpu", "cuda"):
+        inputs = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        total = chunked_cross_entropy(*inputs, labels.to(device))
+        found[device] = [x.float().cpu() for x in (total.detach(), *torch.autograd.grad(total, inputs))]
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1024])
 @pytest.mark.parametrize("valid_columns", [11, 0])
-def test_chunked_loss_and_gradients_equal_cross_entropy(monkeypatch, logits_per_chunk, valid_columns):
-    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", logits_per_chunk)
+def test_chunked_loss_and_gradients_equal_cross_entropy(monkeypatch, rows, valid_columns):
+    monkeypatch.setattr(loss, "ROWS_PER_CHUNK", rows)
     torch.manual_seed(1)
     hidden, weight = torch.randn(3, 11, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     labels = torch.randint(0, 50, (3, 11))
@@ -67,11 +90,16 @@ def test_chunked_loss_and_gradients_equal_cross_entropy(monkeypatch, logits_per_
 def test_only_the_needed_logits_are_held(monkeypatch):
     sizes, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda h, w: sizes.append(len(h) * len(w)) or linear(h, w))
-    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 500)
+    monkeypatch.setattr(loss, "ROWS_PER_CHUNK", 10)
     labels = torch.full((100,), -100)
     labels[:30] = 1
     chunked_cross_entropy(torch.randn(100, 16), torch.randn(50, 16), labels)
     assert max(sizes) <= 500 and sum(sizes) == 30 * 50
+
+
+def test_the_gradient_of_the_logits_takes_their_memory():
+    logits = torch.randn(20, 50).bfloat16()
+    assert loss_and_gradient(logits, torch.arange(20), True)[1].data_ptr() == logits.data_ptr()
 
 
 @pytest.fixture(scope="module")

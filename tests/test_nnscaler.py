@@ -135,14 +135,16 @@ def test_bf16_keeps_rope_frequencies_and_master_weights_in_fp32(runs):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
+from trainer import ranks
 def check(run):
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     assert {{value.dtype for value in run.model.parameters()}} == {{torch.bfloat16}}
     assert {{value.dtype for value in (*run.model.buffers(), *moments)}} == {{torch.float32}}
     print(len(moments), "checked")
-trainer = train.build_trainer(train.parse_args())
-trainer.args.hook.on_train_end = check
-trainer.run()
+with ranks.process_group():
+    trainer, _ = train.build_trainer(train.parse_args())
+    trainer.args.hook.on_train_end = check
+    trainer.run()
 """)
     flags = runs.argv("bf16", "--engine=nnscaler", "--precision=bf16", "--max_train_steps=2")
     assert "checked" in runs.start(1, ON_CPU, script, *flags)

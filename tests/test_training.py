@@ -232,13 +232,14 @@ def test_plain_python_trains_and_a_fresh_run_sets_the_old_one_aside(flags, tmp_p
     again = python("train.py", *flags, "--max_train_steps=1", *outputs(tmp_path))
     assert (tmp_path / "log.1" / "metrics.jsonl").read_text() == first
     assert all((tmp_path / name / "last" / "manifest.json").is_file() for name in ("ckpt", "ckpt.1"))
-    assert "set aside as" in again.stderr
+    assert "set aside in" in again.stderr
 
 
 def test_a_resume_with_nothing_to_do_touches_no_file(runs, flags, tmp_path, caplog):
     caplog.set_level("INFO")
     run = shutil.copytree(runs / "1-full", tmp_path / "run", symlinks=True)
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    times = lambda: {p: p.stat().st_mtime_ns for p in run.rglob("[!.]*") if p.is_file()}  # noqa: E731
+    before = times()
     assert train.main([*flags, *SCHEDULE, "--resume_from=last", *outputs(run)]) == 0
     assert "nothing to do" in caplog.text
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    assert times() == before

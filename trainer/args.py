@@ -3,6 +3,7 @@
 Names and meaning are nnScaler's. `NativeOptions` holds what nnScaler's interface has no field for.
 """
 
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,9 @@ class ModelConfig:
     `forward(batch)` returns (loss summed over the batch's targets, the same detached, number of targets). A
     batch is a dict of tensors; its `num_tokens` counts the tokens in it.
     `layer_class`: the class of the repeated layer, which is sharded, recomputed and compiled one by one.
-    `sharded_alone`: other large modules that are gathered one at a time.
+    `sharded_alone`: other large modules that are gathered one at a time, and not for backward: their own
+    gradients do not need their parameters.
+    `compile_loss(compile)`: replaces what the loss computes elementwise by `compile` of it.
     `name_prefix`: the wrapper's prefix (such as "model."), which checkpoints leave out of parameter names.
     `weight_files()`: checkpoint name of each parameter -> the safetensors file that holds it, or None.
     `initial_values(name, start, stop)`: those elements of the flattened fresh parameter, in fp32, a function
@@ -84,8 +87,8 @@ class DataloaderConfig:
 class CheckpointConfig:
     """Where to save and what to resume from. Without `every_n_train_steps`, each epoch's end saves.
 
-    `resume_from` is 'last' or 'best' of save_dir, a checkpoint folder, or a merged file (nnScaler wraps it in
-    ResumeOptions). A missing 'last' or 'best' means a fresh start.
+    `resume_from` is a checkpoint folder or a merged file (nnScaler wraps it in ResumeOptions);
+    trainer.engine.open_resumed finds and verifies it.
     """
 
     save_dir: str | Path = "./checkpoints"
@@ -118,9 +121,14 @@ class HookMapConfig:
 class NativeOptions:
     """Options that nnScaler's interface has no field for. Its engine refuses all but the first three.
 
-    recompute: 'none', 'full', or the number of layers that recompute their activations (not with nnScaler).
+    recompute: 'none', 'full', and not with nnScaler 'selective' (all but matrix products and attention), or
+    the number of layers that recompute their activations.
     validate_first: validate before the first step, and log the result as step 0.
     max_skipped_steps: stop after so many steps in a row with a loss or gradient norm that is not finite.
+    timeout_seconds: longest time that a step may take, and a tenth of what its first one, a validation or a
+    save may take; then the run ends.
+    run_id: what the checkpoints and metrics of this run are known by.
+    dp_replicate: replicas of the model; its shards lie over the ranks inside a replica.
     """
 
     recompute: str | int = "none"
@@ -129,6 +137,9 @@ class NativeOptions:
     compile: bool = False
     async_save: bool = False
     max_skipped_steps: int = 3
+    timeout_seconds: int = 600
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    dp_replicate: int = 1
 
 
 @dataclass
@@ -178,13 +189,17 @@ class TrainerArgs:
         elif total % samples:
             fit = [n for n in range(1, total // ranks + 1) if total % (n * ranks) == 0]
             near = sorted(sorted(fit, key=lambda n: abs(n - self.micro_batch_size))[:2])
-            fix = f"micro_batch_size {' or '.join(map(str, near))}" if near else f"a multiple of {samples}"
+            more = (
+                f"a number of ranks that divides it, or global_batch_size {samples * (total // samples + 1)}"
+            )
+            fix = f"micro_batch_size {' or '.join(map(str, near))}" if near else more
             return [f"{given} does not divide global_batch_size {total}: use {fix}"]
         elif not self.grad_accumulation_steps:
             self.grad_accumulation_steps = total // samples
         elif total != (product := samples * self.grad_accumulation_steps):
             given += f" x grad_accumulation_steps {self.grad_accumulation_steps} = {product}"
-            return [f"{given} is not global_batch_size {total}: give one of the two"]
+            fix = f"leave grad_accumulation_steps out, or give global_batch_size {product}"
+            return [f"{given} is not global_batch_size {total}: {fix}"]
         return []
 
     @property

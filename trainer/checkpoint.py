@@ -7,6 +7,7 @@ symbolic links. A validation's loss lies beside the folder, because it is known 
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import re
@@ -17,9 +18,17 @@ from pathlib import Path
 import torch
 import xxhash
 
-from trainer.tensorfile import Box, TensorFileReader, TensorFileWriter, file_digest, tensor_digest
+from trainer.tensorfile import (
+    Box,
+    TensorFileError,
+    TensorFileReader,
+    TensorFileWriter,
+    file_digest,
+    tensor_digest,
+)
 
 MANIFEST = "manifest.json"
+NEEDED = "give a checkpoint folder, or a file from --merge_checkpoint"
 
 
 class CheckpointError(ValueError):
@@ -43,7 +52,7 @@ class CheckpointName:
 
 
 def hidden_path(folder: Path, what: str) -> Path:
-    """Where a checkpoint is written until it gets its name ('saving'), or is deleted ('replaced')."""
+    """Where a checkpoint is written until it gets its name ('saving'), or is deleted ('doomed')."""
     return folder.with_name(f".{what}-{folder.name}")
 
 
@@ -67,17 +76,34 @@ def checkpoints(save_dir: Path) -> list[Path]:
 def candidates(save_dir: Path, which: str) -> list[Path]:
     """The folders where 'last' or 'best' may be found, in the order in which to try them.
 
-    First the one that the link names; for 'last' then every other checkpoint, the newest first.
+    First the one that the link names, or a folder of that name; for 'last' then every other checkpoint, the
+    newest first. Raises CheckpointError if the link leads out of save_dir, or if there are only others.
     """
-    link = save_dir / which
-    named = [save_dir / link.readlink()] if link.is_symlink() else []
-    # A save that was killed between its two renames left the checkpoint under its other name.
-    found = [path for folder in named for path in (folder, hidden_path(folder, "replaced")) if path.is_dir()]
+    named, found = save_dir / which, checkpoints(save_dir)
+    if named.is_symlink():
+        named = save_dir / named.readlink()
+        if named.parent.resolve() != save_dir.resolve():
+            fix = f"--resume_from={named.resolve()} resumes it"
+            raise CheckpointError(f"{save_dir / which} leads to a checkpoint of another folder: {fix}")
     if which == "last":
-        # Checkpoints newer than `last` belong to an abandoned run: try them last.
-        others = [path for path in checkpoints(save_dir) if path not in named]
-        found += sorted(others, key=lambda path: named != [] and step_of(path) > step_of(named[0]))
-    return found
+        # A run that ended with broken weights left them newer than `last`: try these at the end.
+        others, limit = [path for path in found if path != named], step_of(named)
+        others.sort(key=lambda path: 0 <= limit < step_of(path))
+        return [*([named] if named.is_dir() else []), *others]
+    if found and not named.is_dir():
+        fix = "resume from 'last', or name one of them"
+        raise CheckpointError(f"{save_dir} holds {found[0].name} and others, but no '{which}': {fix}")
+    return [named] if named.is_dir() else []
+
+
+def lineage(state: dict) -> list[list]:
+    """[run, step] of each run that led to the checkpoint, up to which step; its own is the last."""
+    return [*state.get("parents", []), [state.get("run"), state["step"]]]
+
+
+def descends_from(state: dict, older: dict) -> bool:
+    """Did the run come by the older checkpoint on its way to this one?"""
+    return any(run == older.get("run") and older["step"] <= step for run, step in lineage(state))
 
 
 def json_digest(value: dict) -> str:
@@ -92,7 +118,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text())
         body, checksum = {"state": manifest["state"], "files": manifest["files"]}, manifest["checksum"]
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+        raise CheckpointError(f"{folder} is no checkpoint, it has no {MANIFEST}: {NEEDED}") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path} was damaged after it was saved: {error!r}") from None
     if json_digest(body) != checksum:
@@ -141,7 +167,7 @@ class Checkpoint:
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from None
+            raise CheckpointError(f"{path} is no checkpoint, or damaged ({error}): {NEEDED}") from None
 
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
@@ -166,8 +192,7 @@ class Checkpoint:
     def _open_merged(cls, path: Path) -> "Checkpoint":
         reader = TensorFileReader(path)
         if "state" not in reader.metadata:
-            fix = "give a checkpoint folder, or a file from --merge_checkpoint"
-            raise CheckpointError(f"{path} holds no training state: {fix}")
+            raise CheckpointError(f"{path} holds no training state: {NEEDED}")
         state, digests = json.loads(reader.metadata["state"]), json.loads(reader.metadata["digests"])
         if json_digest(state) != reader.metadata.get("state_digest") or set(digests) != set(reader.tensors):
             raise CheckpointError(f"{path}: its metadata was altered: merge the checkpoint again")
@@ -199,7 +224,7 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"{what} cannot be read: {error}") from None
             if found != expected:
-                raise CheckpointError(f"{what} does not match its checksum: it was damaged later")
+                raise CheckpointError(f"{what} does not match its checksum, it was damaged: use another")
 
     def read(self, name: str, box: Box | None = None, out=None, expected: tuple | None = None):
         """Copies a box of the tensor (default: all of it) into `out`, or into a new tensor on the CPU.
@@ -207,7 +232,7 @@ class Checkpoint:
         Raises CheckpointError if it is not all there, or if the whole tensor's shape is not the expected one.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {name}: it belongs to another model")
+            raise CheckpointError(f"{self.path} holds no tensor {name}: give the flags of its model")
         dtype, shape = self.tensors[name]
         if expected not in (None, shape):
             wanted = f"this model's is {expected}: give the same model flags"
@@ -240,8 +265,12 @@ class Checkpoint:
         """Merges the shards into one safetensors file, a tensor at a time; raises CheckpointError.
 
         One pass verifies the shards, a second one copies. The metadata holds the state and each tensor's
-        checksum.
+        checksum. An earlier merged file is replaced; anything else is not.
         """
+        if out_file.exists() and not _is_merged(out_file):
+            raise CheckpointError(
+                f"{out_file} is there, and no merged checkpoint: give another --output_path"
+            )
         self.verify()
         state = {**self.state, "val_loss": self.val_loss}
         metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}
@@ -257,11 +286,25 @@ class Checkpoint:
         return out_file
 
 
+def _is_merged(path: Path) -> bool:
+    try:
+        return path.is_file() and "state_digest" in TensorFileReader(path).metadata
+    except TensorFileError:
+        return False
+
+
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yields a name that becomes `path` if the block succeeds, and is removed if it fails."""
-    temporary = path.with_name(f".{path.name}.new")
+    """Yields a name that becomes `path` if the block succeeds, and is removed if it fails.
+
+    Removes what processes of this machine that were killed left behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    mark = f".{path.name}.{os.uname().nodename}-"
+    for left in path.parent.glob(f"{glob.escape(mark)}*.new"):
+        if not Path("/proc", left.name.removeprefix(mark).split(".")[0]).exists():
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{mark}{os.getpid()}.new")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -5,6 +5,13 @@ import importlib.util
 import logging
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+from trainer import ranks
+from trainer.checkpoint import Checkpoint, CheckpointError, candidates, checkpoints
+from trainer.nnscaler_engine.files import NnScalerCheckpoint, is_nnscaler
+
 logger = logging.getLogger(__name__)
 
 TRANSFORMERS_VERSION = "4.48"  # nnScaler cannot trace the modelling code of later versions
@@ -30,8 +37,6 @@ def _missing_for_nnscaler() -> str | None:
     if not f"{found}.".startswith(f"{TRANSFORMERS_VERSION}."):
         fix = "pip install -r requirements-nnscaler.txt"
         return f"nnScaler runs with transformers {TRANSFORMERS_VERSION}, not {found}: {fix}"
-    import torch
-
     if torch.cuda.device_count() == 0:
         return "nnScaler needs CUDA, and there is no CUDA device: run where torch finds one"
     return None
@@ -52,34 +57,57 @@ def open_checkpoint(path: Path):
     The result has `path`, `state`, `verify()`, `merge(out_file)`, `shapes` (parameter name -> shape) and
     `parameters()` (names and tensors, one at a time).
     """
-    from trainer.checkpoint import Checkpoint, CheckpointError
-    from trainer.nnscaler_engine.files import NnScalerCheckpoint, is_nnscaler
-
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}: train first, or name a merged file or folder")
+        fix = "train first, or name a merged file or folder (--output_path is where a result goes)"
+        if found := checkpoints(path.parent):
+            fix = f"name one that is there, such as {found[0]}"
+        raise CheckpointError(f"there is no checkpoint {path}: {fix}")
+    if found := checkpoints(path):
+        fix = f"name one of them, such as {found[0]}, or 'last' with --save_dir={path}"
+        raise CheckpointError(f"{path} is a folder of checkpoints: {fix}")
+    if (path / "config.json").exists():
+        raise CheckpointError(f"{path} is a model, no checkpoint: --model_id={path} starts from it")
     return NnScalerCheckpoint(path) if is_nnscaler(path) else Checkpoint.open(path)
 
 
-def resume_state(resume_from: str | None, save_dir: str, engine: str) -> dict | None:
-    """The state of the checkpoint to resume from; None if there is none, or no 'last' or 'best'.
+def open_resumed(wanted: str | None, save_dir: str, engine: str):
+    """The checkpoint to resume from, chosen by rank 0 and verified by all ranks; None: a fresh start.
 
-    Raises ValueError if all are damaged, or if the other engine wrote them. Starts no process group.
+    wanted: 'last', which falls back to the newest good one, 'best', or a path. Raises CheckpointError if
+    there is none (a fresh start if save_dir holds none at all), if all are damaged, or if the other engine
+    wrote it. Needs a process group, whose ranks all call this.
     """
-    from trainer.checkpoint import CheckpointError, candidates
-    from trainer.nnscaler_engine.files import is_nnscaler
-
-    paths, problem = [Path(resume_from)] if resume_from else [], None
-    if resume_from in ("last", "best"):
-        link = Path(save_dir, resume_from)
-        paths = [link] if is_nnscaler(link) else candidates(Path(save_dir), resume_from)
-    for path in paths:
-        if path.exists() and is_nnscaler(path) != (engine == "nnscaler"):
-            fix = "resume with that engine, or start from its weights (--export_hf, then --model_id)"
-            raise ValueError(f"the other engine wrote {path}, not --engine={engine}: {fix}")
+    problem = None
+    for path in ranks.by_first_rank(_resume_paths, wanted, Path(save_dir), engine):
+        if problem and dist.get_rank() == 0:
+            logger.warning("WARNING: %s. Falling back to %s", problem, path)
         try:
-            return open_checkpoint(path).state
-        except CheckpointError as error:  # the Trainer warns about the one that it falls back to
+            return ranks.together(_open_verified, path)
+        except CheckpointError as error:
             problem = error
     if problem:
         raise problem
     return None
+
+
+def _resume_paths(wanted: str | None, save_dir: Path, engine: str) -> list[Path]:
+    paths = [Path(wanted)] if wanted else []
+    if wanted in ("last", "best"):
+        link = save_dir / wanted
+        paths = [link] if is_nnscaler(link) else candidates(save_dir, wanted)
+        if not paths:
+            logger.warning("resume_from: there is no '%s' checkpoint in %s: a fresh start", wanted, save_dir)
+        elif not link.exists():
+            logger.warning("WARNING: %s names no checkpoint. Falling back to %s", link, paths[0])
+    for path in paths:
+        if path.exists() and is_nnscaler(path) != (engine == "nnscaler"):
+            fix = "resume with that engine, or start from its weights (--export_hf, then --model_id)"
+            raise CheckpointError(f"the other engine wrote {path}, not --engine={engine}: {fix}")
+    return paths
+
+
+def _open_verified(path: Path):
+    source = open_checkpoint(path)
+    if isinstance(source, Checkpoint):
+        source.verify(dist.get_rank(), dist.get_world_size())
+    return source

@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from trainer.saver import set_aside
+from trainer.folders import contents, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +47,36 @@ class JsonlLogger:
     def __init__(self, log_dir: str | Path):
         self.path = Path(log_dir) / "metrics.jsonl"
 
-    def setup(self, step: int) -> None:
-        """Opens the file to continue after `step`: later lines are dropped, because they will come again.
+    def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
+        """Opens the file for this run, whose parents are [run, step] of each run before it, up to which step.
 
-        A run from step 0 sets the folder aside if it holds another run.
+        Another run's folder is set aside. Lines after the resumed step are dropped, because they come again;
+        branched: other ones come in their place, so the file is set aside as it was.
         """
-        if step == 0 and self.path.exists():
-            set_aside(self.path.parent)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        folder, step = self.path.parent, parents[-1][1] if parents else 0
+        if self.path.exists() and not (parents and self._continues(*parents[-1])):
+            set_aside(folder, contents(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         # A resume may repeat a validation that was logged but not recorded with the checkpoint.
         self._known = {(step, *json.loads(line)) for line in kept if _step(line) == step}
         if len(kept) < len(lines):
             temporary = self.path.with_suffix(".new")
             temporary.write_text("".join(line + "\n" for line in kept))
+            if branched:
+                set_aside(folder, [self.path], "metrics that this run does not continue")
             os.replace(temporary, self.path)
+        (folder / "run.json").write_text(json.dumps({"run": run_id, "parents": parents}))
         self._file = open(self.path, "a", buffering=1)
+
+    def _continues(self, run: str | None, step: int) -> bool:
+        """Did the run that wrote the file come by that step of that run? True if nobody knows."""
+        try:
+            writer = json.loads((self.path.parent / "run.json").read_text())
+            return run == writer["run"] or any(run == own and step <= to for own, to in writer["parents"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
         if (step, "step", *metrics) in self._known:
@@ -81,9 +94,9 @@ class JsonlLogger:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # the half line of a killed run
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return math.inf  # the half line of a killed run, or a damaged one
 
 
 class TensorBoardLogger:
@@ -92,10 +105,10 @@ class TensorBoardLogger:
     def __init__(self, log_dir: str | Path):
         self.log_dir = str(log_dir)
 
-    def setup(self, step: int) -> None:
+    def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(self.log_dir, purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(self.log_dir, purge_step=parents[-1][1] + 1 if parents else None)
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
         for name, value in metrics.items():

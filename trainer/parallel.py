@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.tensorfile import Box
 
@@ -25,31 +26,60 @@ def pick_device() -> torch.device:
 
 
 def parallelize(
-    model: nn.Module, device: torch.device, precision: str, recompute: str | int, compile_layers: bool
+    model: nn.Module,
+    device: torch.device,
+    precision: str,
+    recompute: str | int,
+    compile_layers: bool,
+    dp_replicate: int = 1,
 ) -> None:
-    """Shards the model in place and allocates its shards. Compile includes recompute; FSDP gathers around
-    both.
+    """Shards the model in place and allocates its shards. FSDP gathers around compile, which has recompute.
 
     precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
-    recompute: 'none', 'full', or how many layers recompute their activations during backward.
+    recompute: 'none', 'selective', 'full', or how many layers recompute all their activations in backward.
+    dp_replicate: how many groups of ranks hold a whole model each, sharded inside the group.
     """
     layer_class = getattr(model, "layer_class", ())
     layers = [module for module in model.modules() if layer_class and isinstance(module, layer_class)]
-    for layer in layers[: {"none": 0, "full": None}.get(recompute, recompute)]:
-        # Replacing forward, not the module, keeps parameter names and runs FSDP's hooks once.
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    # Replacing forward, not the module, keeps parameter names, and FSDP's hooks stay outside of the graph.
+    for layer in layers[: {"none": 0, "selective": None, "full": None}.get(recompute, recompute)]:
+        layer.forward = _recomputing(layer.forward, recompute == "selective")
     for layer in layers if compile_layers else []:
-        layer.compile(dynamic=False)
-    # One axis: every rank is data parallel and holds a shard of every parameter.
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+    if compile_layers and hasattr(model, "compile_loss"):
+        model.compile_loss(functools.partial(torch.compile, dynamic=True))
+    # Consecutive ranks share a replica: they are the ones of a node.
+    shape = (dp_replicate, dist.get_world_size() // dp_replicate)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+    mesh = mesh if dp_replicate > 1 else mesh["dp_shard"]
     dtypes = dict(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
-    for module in [*layers, *getattr(model, "sharded_alone", []), model]:
+    alone = getattr(model, "sharded_alone", [])
+    for module in [*layers, *alone, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         # Gradients are plain sums: the trainer divides once, by the number of targets.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    for module in alone:
+        module.set_unshard_in_backward(False)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+
+
+def _recomputing(forward: Callable, selective: bool) -> Callable:
+    """The same function, whose activations are computed again in backward; selective: only the cheap ones."""
+    how = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, _kept)) if selective else {}
+
+    def forward_recomputed(*args, **kwargs):  # Dynamo skips a partial of checkpoint, and traces this
+        return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
+
+    return forward_recomputed
+
+
+def _kept(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """Selective recompute keeps the results of matrix products and attention."""
+    name = operator.name().split("::")[-1]
+    kept = name in ("mm", "addmm", "bmm") or "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""Saves checkpoints that are whole or absent, in a thread if wanted; prunes and sets aside old ones."""
+"""Saves checkpoints that are whole or absent, in a thread if wanted; prunes old ones."""
 
-import itertools
+import functools
 import json
-import logging
 import os
 import shutil
 import time
@@ -13,12 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer import checkpoint, parallel
+from trainer import checkpoint, folders, parallel
 from trainer.args import TrainingFailed
-from trainer.checkpoint import CheckpointError, CheckpointName, hidden_path, sync_folder
+from trainer.checkpoint import CheckpointName, hidden_path, sync_folder
 from trainer.tensorfile import Box, TensorFileWriter
-
-logger = logging.getLogger(__name__)
 
 # The whole tensor's shape, this rank's box of it, and the values in the box.
 Part = tuple[tuple[int, ...], Box, torch.Tensor]
@@ -28,20 +25,24 @@ class Saver:
     """Writes one checkpoint at a time, all ranks together.
 
     background: save in a thread. group: a gloo process group for this alone, because a background save
-    communicates while training does too. good: the checkpoint that was resumed. A failed save is the same
+    communicates while training does too. resumed: the checkpoint that was resumed. A failed save is the same
     TrainingFailed on every rank: `save` raises it, or the `wait` after a background save.
     """
 
-    def __init__(self, save_dir: Path, keep_last: int | None, background: bool, group, good: Path | None):
+    def __init__(self, save_dir: Path, keep_last: int | None, background: bool, group, resumed: Path | None):
         self.save_dir, self.keep_last, self.background, self.group = save_dir, keep_last, background, group
         self.is_first = dist.get_rank(group) == 0
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
-        self.newest: Path | None = None  # saved, but no step has succeeded from it yet
-        self.good = good  # the newest one from which a step succeeded
+        link = save_dir / ".good"
+        self.good = link.resolve() if link.exists() else None  # the newest from which a step succeeded
+        self.newest = resumed if resumed != self.good else None  # not known to be good
+        self._proved = False  # has a step succeeded from it?
         self._thread, self._saving = ThreadPoolExecutor(1, "checkpoint"), None
 
-    def save(self, name: CheckpointName, tensors: dict, state: dict, rng: str, began: float) -> None:
-        """Saves the tensors (name -> tensor, distributed or not) as `<save_dir>/<name>`; `last` names it.
+    def save(
+        self, name: CheckpointName, tensors: dict, state: dict, rng: str, began: float, move_last: bool = True
+    ) -> None:
+        """Saves the tensors (name -> tensor, distributed or not) as `<save_dir>/<name>`, for `last` to name.
 
         rng: this rank's random state. began: time.perf_counter() when the caller began. In the background,
         the caller may change the tensors as soon as this returns.
@@ -59,10 +60,10 @@ class Saver:
             parts = {key: (shape, box, _host_copy(data)) for key, (shape, box, data) in parts.items()}
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # training may change the tensors only after the copies are complete
-            self._saving = self._thread.submit(self._write, folder, parts, state, rng, began)
+            self._saving = self._thread.submit(self._write, folder, parts, state, rng, began, move_last)
         else:
-            self._write(folder, parts, state, rng, began)
-        self.newest = folder
+            self._write(folder, parts, state, rng, began, move_last)
+        self.newest, self._proved = folder, False
         self.blocked_seconds = time.perf_counter() - began
 
     def wait(self) -> None:
@@ -70,6 +71,7 @@ class Saver:
         saving, self._saving = self._saving, None
         if saving:
             saving.result()
+        self._promote()
 
     @property
     def busy(self) -> bool:
@@ -90,29 +92,43 @@ class Saver:
         losses = {path: checkpoint.read_validation(path) for path in self._up_to(self.newest or self.good)}
         known = [path for path in reversed(losses) if losses[path] is not None]  # the first of equals wins
         if known:
-            _swap_link(self.save_dir, "best", min(known, key=losses.get).name)
+            folders.swap_link(self.save_dir, "best", min(known, key=losses.get).name)
 
     def confirm(self) -> None:
         """A step succeeded from the newest checkpoint, so it is good."""
-        if self.newest:
+        self._proved = True
+        if not self.busy:
+            self._promote()
+
+    def _promote(self) -> None:
+        if self.newest and self._proved:
             self.good, self.newest = self.newest.resolve(), None
+            here = self.good.parent == self.save_dir.resolve() and checkpoint.step_of(self.good) >= 0
+            if here and self.is_first:
+                folders.swap_link(self.save_dir, ".good", self.good.name)
 
-    def prune(self) -> None:
-        """Removes what `keep_last` does not keep, counted from the last good one. Only rank 0 calls this."""
-        named = {(self.save_dir / link).resolve() for link in ("last", "best")}
-        for path in self._up_to(self.good)[self.keep_last :] if self.keep_last else []:
+    def prune(self, newest: Path | None) -> None:
+        """Removes what `keep_last` does not keep, counted from that checkpoint. Only rank 0 calls this."""
+        named = {(self.save_dir / link).resolve() for link in folders.LINKS}
+        for path in self._up_to(newest)[self.keep_last :] if self.keep_last else []:
             if path.resolve() not in named:
-                _remove(path)
+                folders.remove(path)
 
-    def discard_newest(self) -> None:
-        """The newest checkpoint proved bad: `last` names the good one again, if this folder has it."""
+    def retreat(self, discard: bool = False) -> None:
+        """The newest checkpoint proved bad: `last` names the good one again, if there is one here.
+
+        discard: delete the newest; it needs no good one then.
+        """
         self.wait()
-        if self.newest and self.is_first:
-            (self.save_dir / "last").unlink()
-            if self.good in [path.resolve() for path in checkpoint.checkpoints(self.save_dir)]:
-                _swap_link(self.save_dir, "last", self.good.name)
-            _remove(self.newest)
-        self.newest = None
+        here = self.newest and self.newest.resolve().parent == self.save_dir.resolve()
+        if here and self.is_first:
+            if self.good and self.good.parent == self.newest.resolve().parent:
+                folders.swap_link(self.save_dir, "last", self.good.name)
+            elif discard:
+                (self.save_dir / "last").unlink()
+            if discard:
+                folders.remove(self.newest)
+        self.newest = None if discard else self.newest
 
     def last_good(self) -> str:
         """Says which checkpoint to continue from."""
@@ -125,7 +141,9 @@ class Saver:
         limit = checkpoint.step_of(folder) if folder else -1
         return [path for path in checkpoint.checkpoints(self.save_dir) if checkpoint.step_of(path) <= limit]
 
-    def _write(self, folder: Path, parts: dict[str, Part], state: dict, rng: str, began: float) -> None:
+    def _write(
+        self, folder: Path, parts: dict[str, Part], state: dict, rng: str, began: float, move_last
+    ) -> None:
         rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         temporary = hidden_path(folder, "saving")
 
@@ -146,26 +164,27 @@ class Saver:
         try:
             self._on_all_ranks(prepare if rank == 0 else None, folder)
             files = dict(self._on_all_ranks(write_shard, folder))
-            self._on_all_ranks((lambda: self._publish(folder, files, state)) if rank == 0 else None, folder)
+            publish = functools.partial(self._publish, folder, files, state, move_last)
+            self._on_all_ranks(publish if rank == 0 else None, folder)
         except TrainingFailed:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self.total_seconds = time.perf_counter() - began
 
-    def _publish(self, folder: Path, files: dict, state: dict) -> None:
+    def _publish(self, folder: Path, files: dict, state: dict, move_last: bool) -> None:
         """All data is on disk; only renames remain. A kill between any two leaves whole checkpoints."""
-        temporary, replaced = hidden_path(folder, "saving"), hidden_path(folder, "replaced")
+        temporary = hidden_path(folder, "saving")
         body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
         _write_json(temporary / checkpoint.MANIFEST, {**body, "checksum": checkpoint.json_digest(body)})
         sync_folder(temporary)
         if folder.exists():
-            os.rename(folder, replaced)
+            folders.remove(folder)
         os.rename(temporary, folder)
         sync_folder(self.save_dir)
-        _swap_link(self.save_dir, "last", folder.name)
-        sync_folder(self.save_dir)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if move_last:
+            folders.swap_link(self.save_dir, "last", folder.name)
+            sync_folder(self.save_dir)
 
     def _on_all_ranks(self, action: Callable | None, folder: Path) -> list:
         """Runs the action on the ranks that have one; returns all results, or raises on every rank."""
@@ -195,62 +214,3 @@ def _write_json(path: Path, value: dict) -> None:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _swap_link(save_dir: Path, link: str, target: str) -> None:
-    temporary = save_dir / f".{link}.new"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, save_dir / link)
-
-
-def _remove(folder: Path) -> None:
-    """Deletes a checkpoint. It is renamed first: a half-deleted folder must not look like a checkpoint."""
-    doomed = hidden_path(folder, "replaced")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.validation_path(folder).unlink(missing_ok=True)
-
-
-def clean_up(save_dir: Path) -> None:
-    """Removes what a killed save left behind, and restores a checkpoint that it had not yet replaced."""
-    for link in ("last", "best"):
-        (save_dir / f".{link}.new").unlink(missing_ok=True)
-    for path in save_dir.glob(".*-*-*") if save_dir.is_dir() else []:
-        kind, name = path.name[1:].split("-", 1)
-        if kind not in ("saving", "replaced") or not CheckpointName.parse(name):
-            continue
-        try:
-            if kind == "replaced" and not (save_dir / name).exists() and checkpoint.read_manifest(path):
-                os.rename(path, save_dir / name)
-        except CheckpointError:  # it is being deleted, not replaced
-            pass
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside(folder: Path) -> Path:
-    """Renames the folder to the first free numbered name; raises CheckpointError if it is in use."""
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        fix = "name another --save_dir and --log_dir"
-        raise CheckpointError(f"{folder} holds another run, and cannot be set aside from inside it: {fix}")
-    numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-    target = next(path for path in numbered if not path.exists())
-    os.rename(folder, target)
-    logger.warning("%s holds another run: set aside as %s", folder, target)
-    return target
-
-
-def check_folder(folder: Path, inputs: list[str], resumed: bool) -> None:
-    """Raises a ValueError if a run cannot write to the folder, or if setting it aside would move its inputs.
-
-    inputs: paths that the run reads, if they exist.
-    """
-    fix = "name another --save_dir and --log_dir"
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot be written to ({above} does not allow it): {fix}")
-    holds_a_run = (folder / "last").exists() or (folder / "metrics.jsonl").exists()
-    for path in [Path(name) for name in inputs] if holds_a_run and not resumed else []:
-        if path.exists() and folder.resolve() in path.resolve().parents:
-            raise ValueError(f"{folder} holds another run and would be set aside, with {path} in it: {fix}")

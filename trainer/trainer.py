@@ -14,16 +14,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer import parallel, setup
+from trainer import folders, parallel, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
-from trainer.checkpoint import CheckpointError, CheckpointName, checkpoints
+from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName, lineage
 from trainer.loggers import log_save_cost, perplexity, progress_line
 from trainer.sampler import GlobalBatchSampler, load_batches
-from trainer.saver import Saver, clean_up, set_aside
+from trainer.saver import Saver
 
 logger = logging.getLogger(__name__)
 
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # 143
+LOG_FAILED = 1  # the exit code of a run that cannot write its metrics
 
 
 @dataclass
@@ -54,27 +54,31 @@ class Trainer:
         self.device = parallel.pick_device()
         self.save_dir = Path(train_args.checkpoint.save_dir)
         self.state, self.loggers = TrainState(), []
-        self.signals = {signal.SIGTERM: False, signal.SIGUSR1: False}
-        self.step_seconds, self._save_postponed = 0.0, False
+        self.signals = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), False)
+        self.step_seconds, self._save_postponed, self._log_problem = 0.0, False, ""
 
     def run(self) -> None:
-        """Trains to the end. A SIGTERM saves and exits with 143."""
-        with setup.process_group(self.device), setup.noted_signals() as self.signals:
+        """Trains to the end. A SIGTERM saves and exits with 143, a Ctrl-C with 130."""
+        with ranks.process_group(), ranks.noted_signals() as self.signals:
             self.build()
             if not self.prepare_training():
                 return
             try:
+                self.watchdog = ranks.Watchdog(self.options.timeout_seconds)
                 self._train()
                 if hook := self.args.hook.on_train_end:
                     hook(self)
+            except (TrainingFailed, SystemExit):
+                self.saver.wait()  # all ranks are here: after another error, a rank would wait for ever
+                raise
             finally:
-                self.saver.wait()
+                self.watchdog.stopped.set()
                 for log in self.loggers:
                     log.finalize()
 
     def evaluate(self) -> float:
         """The validation loss of the pretrained model, or of the checkpoint that `resume_from` names."""
-        with setup.process_group(self.device):
+        with ranks.process_group():
             self.build()
             return self.validate()
 
@@ -88,7 +92,9 @@ class Trainer:
         self.train_set = data.type(**data.train_args)
         self.val_set = data.type(**data.val_args) if data.val_args else None
         self.control = dist.new_group(backend="gloo")  # for objects and barriers
-        self.resumed = setup.open_resumed(args, self.control)
+        path = args.checkpoint.resume_from
+        self.resumed = ranks.together(Checkpoint.open, path) if path else None
+        self.parents = lineage(self.resumed.state) if self.resumed else []
         self.model, self.names = setup.build_model(args, self.options, self.device, self.resumed)
 
     def prepare_training(self) -> bool:
@@ -107,18 +113,21 @@ class Trainer:
             # Replayed, not restored: the schedule is a function of the step and of this run's arguments.
             self._step_scheduler(self.state.step)
         dist.barrier(group=self.control)  # every rank has read what it resumes from
-        if self.rank == 0:
-            if not self.resumed and (checkpoints(self.save_dir) or (self.save_dir / "last").exists()):
-                set_aside(self.save_dir)  # a fresh run never writes into another run's folder
-            clean_up(self.save_dir)
-            self.loggers = [config.type(**config.args) for config in args.log]
-            for log in self.loggers:
-                log.setup(self.state.step)
-        keep, proved = args.checkpoint.keep_last_n_checkpoints, not self._validation_is_missing()
-        good = self.resumed.path if self.resumed and proved else None
-        group = dist.new_group(backend="gloo")
-        self.saver = Saver(self.save_dir, keep, self.options.async_save, group, good)
+        self.home = ranks.by_first_rank(self._open_folders)
+        keep, group = args.checkpoint.keep_last_n_checkpoints, dist.new_group(backend="gloo")
+        resumed = self.resumed and (self.home or self.resumed.path)
+        self.saver = Saver(self.save_dir, keep, self.options.async_save, group, resumed)
         return True
+
+    def _open_folders(self) -> Path | None:
+        """Sets aside what this run would replace; returns the resumed checkpoint's folder if it is here."""
+        resumed = self.resumed or Checkpoint(None)
+        home, replaced = folders.survey(self.save_dir, resumed.path, resumed.state)
+        self.loggers = [config.type(**config.args) for config in self.args.log]
+        for log in self.loggers:
+            log.setup(self.options.run_id, self.parents, branched=bool(replaced) or not home)
+        folders.make_room(self.save_dir, home, replaced)
+        return home
 
     def _restore(self) -> None:
         source, seed = self.resumed, self.args.seed
@@ -126,7 +135,7 @@ class Trainer:
             fix = "start from its weights (--export_hf, then --model_id)"
             raise CheckpointError(f"an earlier version of this program wrote {source.path}: {fix}")
         self.state = TrainState.from_dict(source.state)
-        setup.restore_optimizer(source, self.optimizer, self.names, self.state.updates)
+        ranks.together(setup.restore_optimizer, source, self.optimizer, self.names, self.state.updates)
         if len(source.rng) == self.world_size:
             setup.set_rng_state(source.rng[self.rank])
         source.boxes.clear()  # unmaps the files: pruning them frees their space
@@ -137,20 +146,17 @@ class Trainer:
         logger.info("resumed from %s: step %d, %d samples seen", source.path, step, samples)
 
     def _train(self) -> None:
-        args, state = self.args, self.state
-        accumulation, ranks = args.grad_accumulation_steps, (self.rank, self.world_size)
-        sizes = (len(self.train_set), args.micro_batch_size, accumulation)
-        self.sampler = GlobalBatchSampler(*sizes, *ranks, args.seed, start=state.samples)
+        args, state, accumulation = self.args, self.state, self.args.grad_accumulation_steps
+        if self.device.type == "cpu":
+            setup.keep_freed_memory()
+        sizes = (len(self.train_set), args.micro_batch_size, accumulation, self.rank, self.world_size)
+        self.sampler = GlobalBatchSampler(*sizes, args.seed, start=state.samples)
         batches = load_batches(self.train_set, self.sampler, args.dataloader.train_args, self.device)
-        if self._validation_is_missing():
-            name = CheckpointName(self.resumed.state["epoch"], state.step)
-            ours = self.resumed.path == (self.save_dir / str(name)).resolve()
-            self._validate_and_log(name if ours else None)
-        elif self.options.validate_first and not self.resumed and self.val_set is not None:
-            self._validate_and_log(None)
-        skipped_in_a_row = 0
+        self._validate_before_the_first_step()
+        first, skipped_in_a_row = state.step, 0
         while state.step < args.max_train_steps:
             began, epoch = time.perf_counter(), self._epoch()
+            self.watchdog.note(f"step {state.step + 1}", times=10 if state.step == first else 1)
             micro_batches = [next(batches) for _ in range(accumulation)]
             data_seconds = time.perf_counter() - began
             metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
@@ -161,8 +167,8 @@ class Trainer:
             state.updates += finite
             self._step_scheduler(1)
             self.step_seconds = time.perf_counter() - began
-            news = (peak_memory_gib(self.device), self.saver.failed, *self.signals.values())
-            memory, save_failed, terminated, save_wanted = self._largest(*news)
+            news = (self._stop_code(), self.saver.failed, self.signals[signal.SIGUSR1])
+            memory, stopped, save_failed, save_wanted = self._largest(peak_memory_gib(self.device), *news)
             metrics |= {"tokens": state.tokens, "tokens_per_second": tokens / self.step_seconds}
             metrics |= {"step_seconds": self.step_seconds, "data_seconds": data_seconds}
             metrics["peak_memory_gib"] = memory
@@ -177,15 +183,22 @@ class Trainer:
             logger.info(progress_line(state.step, args.max_train_steps, metrics))
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row >= self.options.max_skipped_steps:
+                self.saver.retreat()
                 raise TrainingFailed(
                     f"the loss or the gradient norm was not finite for {skipped_in_a_row} steps in a row, "
                     f"until step {state.step}: {self.saver.last_good()}. Lower --learning_rate, raise "
                     "--warmup_steps, or look at the samples that metrics.jsonl names"
                 )
-            self._save_and_validate(epoch, finite, bool(terminated), bool(save_wanted))
+            self._save_and_validate(epoch, finite, bool(save_wanted), int(stopped))
+        self._finish()
+
+    def _finish(self) -> None:
         self.saver.wait()
-        self.saver.confirm()
         self._after_save()
+        if self.rank == 0:
+            self.saver.prune(self.saver.newest or self.saver.good)
+        if self._log_problem:
+            self._leave(LOG_FAILED)
 
     def _train_step(self, micro_batches: list[dict]) -> tuple[float, float, int, bool]:
         """Zero, accumulate, reduce, clip, update.
@@ -213,43 +226,65 @@ class Trainer:
             self.optimizer.step()
         return loss, gnorm, int(tokens), finite
 
-    def _save_and_validate(self, epoch: int, finite: bool, terminated: bool, save_wanted: bool) -> None:
-        """Does what is due after a step: first the save, then the validation, then `best`."""
+    def _save_and_validate(self, epoch: int, finite: bool, wanted: bool, stopped: int) -> None:
+        """Does what is due after a step: first the save, then the validation, then `best`.
+
+        wanted: a signal asks for a save. stopped: what `_stop_code` says on some rank.
+        """
         step, last = self.state.step, self.state.step == self.args.max_train_steps
         save_every, val_every = self.args.checkpoint.every_n_train_steps, self.args.val_every_n_train_steps
         self._after_save()
-        save_due = step % save_every == 0 if save_every else self._epoch() > epoch
-        save_due = save_due or last or self._save_postponed
-        # Weights that give no finite loss are not worth keeping: wait for the next good step.
-        self._save_postponed = save_due and not (finite or last)
-        save_due = save_due and not self._save_postponed
-        val_due = self.val_set is not None and (save_due or bool(val_every and step % val_every == 0))
-        saved = CheckpointName(epoch, step) if save_due or save_wanted or terminated else None
+        due = step % save_every == 0 if save_every else self._epoch() > epoch
+        due = due or last or self._save_postponed
+        # The weights may be what broke the step: wait for the next good one.
+        self._save_postponed = due and not finite
+        due = due and finite
+        val_due = self.val_set is not None and (due or bool(val_every and step % val_every == 0))
+        saved = CheckpointName(epoch, step) if finite and (due or wanted or stopped) else None
         if saved:
             self.signals[signal.SIGUSR1] = False
             self._save(saved, val_due)
-        if terminated and (val_due or not last):
-            self._leave()
+        elif last:
+            self._end_on_a_skipped_step(CheckpointName(epoch, step))
+        if saved and stopped and (val_due or not last):
+            self._leave(stopped)
         if val_due:
             self._validate_and_log(saved)
 
-    def _leave(self) -> None:
+    def _end_on_a_skipped_step(self, name: CheckpointName) -> None:
+        self._save(name, validation_due=False, move_last=False)
         self.saver.wait()
-        logger.info("SIGTERM: saved step %d and stopping; --resume_from=last continues", self.state.step)
+        what = (
+            f"the last step, {name.step}, is not finite: {self.save_dir / str(name)} holds what was before it"
+        )
+        raise TrainingFailed(f"{what}, but 'last' does not name it; {self.saver.last_good()}")
+
+    def _stop_code(self) -> int:
+        """The exit code that a signal or a full log_dir asks for; 0: none does."""
+        codes = [128 + number for number in (signal.SIGTERM, signal.SIGINT) if self.signals[number]]
+        return max([*codes, LOG_FAILED if self._log_problem else 0])
+
+    def _leave(self, code: int) -> None:
+        self.saver.wait()
+        step = self.state.step
+        if code == LOG_FAILED:
+            problem = self._log_problem or "rank 0 cannot write its metrics"
+            raise TrainingFailed(f"{problem}: step {step} is saved; make room, then --resume_from=last")
+        name = signal.Signals(code - 128).name
+        logger.info("%s: saved step %d and stopping; --resume_from=last continues", name, step)
         dist.barrier(group=self.control)
-        sys.exit(SIGTERM_EXIT_CODE)
+        sys.exit(code)
 
     @torch.no_grad()
     def validate(self) -> float | None:
-        """The mean loss of the validation set in nats per target; None: a SIGTERM came first."""
-        micro, samples = self.args.micro_batch_size, len(self.val_set)
-        ranks = (self.rank, self.world_size)
-        sampler = GlobalBatchSampler(samples, micro, 1, *ranks, shuffle=False, stop=samples)
+        """The mean loss of the validation set in nats per target; None: a signal came first."""
+        sizes = (len(self.val_set), self.args.micro_batch_size, 1, self.rank, self.world_size)
+        sampler = GlobalBatchSampler(*sizes, shuffle=False, stop=len(self.val_set))
         loss_sum, targets = 0.0, 0
         self.model.eval()
         try:
             for batch in load_batches(self.val_set, sampler, self.args.dataloader.train_args, self.device):
-                if self._largest(self.signals[signal.SIGTERM])[0]:
+                if self._largest(self._stop_code())[0]:
                     return None
                 _, detached, count = self.model(batch)
                 loss_sum, targets = loss_sum + detached.double(), targets + count
@@ -261,38 +296,47 @@ class Trainer:
     def _validate_and_log(self, saved: CheckpointName | None) -> None:
         """Validates. `saved` is this step's checkpoint, if there is one.
 
-        A SIGTERM leaves at once: the step is saved, and a resume repeats the validation.
+        A signal ends the run at once: the step is saved, and a resume repeats the validation.
         """
+        self.watchdog.note(f"the validation of step {self.state.step}", times=10)
         val_loss = self.validate()
         if val_loss is None:
             if not saved:
                 self._save(CheckpointName(self._epoch(), self.state.step), validation_due=True)
-            self._leave()
+            self._leave(int(self._largest(self._stop_code())[0]))
         metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss)}
         self._log(metrics, "val")
         logger.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *metrics.values())
         if not math.isfinite(val_loss):
-            self.saver.discard_newest()
+            self.saver.retreat(discard=True)
             what = f"the validation loss of step {self.state.step} is {val_loss}, so that step does not count"
             raise TrainingFailed(f"{what}: {self.saver.last_good()}")
         if saved and self.rank == 0:
             self.saver.record_validation(saved, val_loss)
+
+    def _validate_before_the_first_step(self) -> None:
+        if self._validation_is_missing():
+            self._validate_and_log(CheckpointName.parse(self.home.name) if self.home else None)
+        elif self.options.validate_first and not self.resumed and self.val_set is not None:
+            self._validate_and_log(None)
 
     def _validation_is_missing(self) -> bool:
         """Was the resumed checkpoint to be validated, and its validation cut off?"""
         due = self.val_set is not None and self.resumed and self.resumed.state.get("validation_due")
         return bool(due) and self.resumed.val_loss is None
 
-    def _save(self, name: CheckpointName, validation_due: bool) -> None:
+    def _save(self, name: CheckpointName, validation_due: bool, move_last: bool = True) -> None:
         args = self.args
         state = {**vars(self.state), "epoch": name.epoch, "validation_due": validation_due, "seed": args.seed}
         state |= {"world_size": self.world_size, "global_batch_size": args.global_batch_size}
+        state |= {"run": self.options.run_id, "parents": self.parents}
         if hook := args.hook.on_save_checkpoint:
             hook(self, state)
         began = time.perf_counter()
+        self.watchdog.note(f"the save of step {self.state.step}", times=10)
         self.saver.wait()
         self._after_save()
-        self.saver.save(name, self.saved_tensors(), state, setup.rng_state(), began)
+        self.saver.save(name, self.saved_tensors(), state, setup.rng_state(), began, move_last)
         done = "saving in the background:" if self.options.async_save else "saved"
         logger.info("%s %s", done, self.save_dir / str(name))
 
@@ -310,7 +354,7 @@ class Trainer:
             return
         if self.rank == 0:
             self.saver.update_best()
-            self.saver.prune()
+            self.saver.prune(self.saver.good)
         blocked, total, self.saver.total_seconds = self.saver.blocked_seconds, self.saver.total_seconds, 0.0
         self._log({"save_blocked_seconds": blocked, "save_total_seconds": total}, "checkpoint")
         log_save_cost(self.step_seconds, blocked, total)
@@ -319,8 +363,11 @@ class Trainer:
         return self.state.samples // len(self.train_set)
 
     def _log(self, metrics: dict, tag: str) -> None:
-        for log in self.loggers:
-            log.log_metrics(metrics, self.state.step, tag=tag)
+        try:
+            for log in self.loggers:
+                log.log_metrics(metrics, self.state.step, tag=tag)
+        except OSError as error:  # all ranks save together, after the next step
+            self._log_problem, self.loggers = f"{error.filename or 'the log'}: {error.strerror or error}", []
 
     def _step_scheduler(self, times: int) -> None:
         with warnings.catch_warnings():

@@ -1,8 +1,10 @@
 """Texts, a small tokenizer and what a prepared folder holds, for the tests of the data."""
 
+import contextlib
 import functools
 import json
 import random
+import resource
 from pathlib import Path
 
 from helpers.runs import WORDS
@@ -78,3 +80,14 @@ def documents_of(folder: Path, split: str) -> list[list[int]]:
 
 def facts(folder: Path) -> dict:
     return json.loads((folder / "preparation.json").read_text())
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """Stands for a full disk: no file may grow beyond the size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -73,7 +73,7 @@ def main(out: Path) -> None:
     train(out / "mid", dropout=0.3, resume=whole / "0001-0007")
     train(out / "end", dropout=0.3, resume=whole / "0000-0005")
     train(out / "withheld", dropout=0.3, resume=out / "dropout.ckpt")  # a merged file has no random state
-    train(out / "whole", dropout=0.3, resume="last")  # nothing left to do
+    train(out / "whole", dropout=0.3, resume=out / "whole" / "ckpt" / "last")  # nothing left to do
     if first and before == files():
         (out / "untouched").touch()
     train(out / "from-shards", resume=plain / "0001-0007")

@@ -14,7 +14,7 @@ from pathlib import Path
 from helpers.runs import import_all
 
 import train
-from trainer import parallel, setup
+from trainer import parallel, ranks
 
 
 def anonymous_bytes() -> int:
@@ -37,9 +37,9 @@ def watch():
 out, task, flags = sys.argv[1], sys.argv[2], sys.argv[3:]
 import_all()
 if task == "setup":  # a run up to its first step: weights, optimizer, what is resumed
-    job = train.build_trainer(train.parse_args(flags))
-    with setup.process_group(job.device):
+    with ranks.process_group():
         peak = watch()
+        job, _ = train.build_trainer(train.parse_args(flags))
         job.build()
         job.prepare_training()
         result = {"peak_bytes": peak()}

@@ -51,6 +51,10 @@ class NnScalerCheckpoint:
         files = sorted(self.path.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
         if not files:
             raise CheckpointError(f"{self.path} is merged already")
+        if out_file.exists() and not is_nnscaler(out_file):
+            raise CheckpointError(
+                f"{out_file} is there, and no merged checkpoint: give another --output_path"
+            )
         with temporary_sibling(out_file) as temporary:
             Trainer.merge_checkpoint([str(file) for file in files], str(temporary))
         return out_file

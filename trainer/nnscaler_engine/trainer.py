@@ -6,6 +6,7 @@ import math
 import os
 import pkgutil
 import shutil
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -17,14 +18,12 @@ from nnscaler import cli
 from nnscaler.graph import tracer
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
-from trainer import setup
+from trainer import checkpoint, folders, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
-from trainer.checkpoint import checkpoints
 from trainer.loggers import perplexity, progress_line
 from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
 from trainer.sampler import GlobalBatchSampler
-from trainer.saver import set_aside
-from trainer.trainer import SIGTERM_EXIT_CODE, TrainState, peak_memory_gib
+from trainer.trainer import TrainState, peak_memory_gib
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +38,21 @@ class Trainer:
     def __init__(self, *, train_args: TrainerArgs, options: NativeOptions | None = None):
         self.args, self.options = train_args, options or NativeOptions()
         self.save_dir = Path(train_args.checkpoint.save_dir)
-        wanted = train_args.checkpoint.resume_from
-        path = wanted and Path(self.save_dir if wanted in ("last", "best") else "", wanted)
-        self.resumed = path if path and path.exists() else None
-        if wanted and not self.resumed:
-            logger.warning("WARNING: there is no %s: training starts fresh", path)
+        self.resumed = path = train_args.checkpoint.resume_from
         # nnScaler unpickles what it resumes. Opening a merged file refuses one that holds more than data.
-        self.saved = saved = NnScalerCheckpoint(path).state if self.resumed else {}
-        recompute = self.options.recompute
+        self.saved = saved = NnScalerCheckpoint(path).state if path else {}
+        recompute, found = self.options.recompute, self.save_dir.glob(f"*-*/{STATE_FILE}")
+        newer = [f.parent for f in found if saved and checkpoint.step_of(f.parent) > saved["step"]]
         refusals = {
             "--compile=on": self.options.compile,
             "--async_save=on": self.options.async_save,
+            "--dp_replicate": self.options.dp_replicate > 1,
             f"--recompute={recompute}: use none or full": recompute not in ("none", "full"),
             "--recompute=full with --pas_policy=dp": (recompute, train_args.pas_policy) == ("full", "dp"),
             f"--resume_from={path}, which another script wrote": self.resumed and not saved,
-            f"--save_dir={self.save_dir}, which is our engine's": saved and checkpoints(self.save_dir),
+            f"--save_dir={self.save_dir}, which is our engine's": saved
+            and checkpoint.checkpoints(self.save_dir),
+            f"--save_dir={self.save_dir} with checkpoints newer than the resumed one": newer,
         }
         if problems := [f"--engine=nnscaler does not support {what}" for what in refusals if refusals[what]]:
             raise ValueError("\n".join(problems))
@@ -61,10 +60,12 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end. A SIGTERM saves and exits with 143."""
         _adapt_surroundings()
-        if os.environ["RANK"] == "0" and not self.resumed and (self.save_dir / "last").exists():
-            set_aside(self.save_dir)
+        if not self.resumed:
+            ranks.by_first_rank(
+                lambda: folders.make_room(self.save_dir, *folders.survey(self.save_dir, None, {}))
+            )
         setup.seed_everything(self.args.seed, self.options.deterministic)
-        with setup.noted_signals() as signals:
+        with ranks.noted_signals() as signals:
             hook = RunHook(self.args, self.options, self.saved, signals)
             try:
                 cli.Trainer(train_args=self._translate(hook)).run()
@@ -163,11 +164,12 @@ def _adapt_surroundings() -> None:
 class RunHook(cli.train_hook.TrainHook):
     """Counts, logs, saves when nnScaler does not, and repairs what it loads; nnScaler calls it on every rank.
 
-    saved: the state of the resumed checkpoint, or {}. signals: which ones arrived (setup.noted_signals).
+    saved: the state of the resumed checkpoint, or {}. signals: which ones arrived (ranks.noted_signals).
     """
 
     def __init__(self, args: TrainerArgs, options: NativeOptions, saved: dict, signals: dict):
         self.args, self.options, self.signals = args, options, signals
+        self.parents = checkpoint.lineage(saved) if saved else []
         self.state, self.best = TrainState.from_dict(saved), saved.get("best_val_loss")
         self.peak_gib, self.loggers = 0.0, []
         self.on_train_end = args.hook.on_train_end or self.on_train_end
@@ -192,7 +194,7 @@ class RunHook(cli.train_hook.TrainHook):
     def on_train_start(self, trainer) -> None:
         self.loggers = [config.type(**config.args) for config in self.args.log if trainer.rank == 0]
         for log in self.loggers:
-            log.setup(self.state.step)
+            log.setup(self.options.run_id, self.parents, branched=False)
         trainer.train_status.best_loss = self.best or math.inf
         if self.options.validate_first and self.state.step == 0:
             trainer._validate(cli.trainer._StepStat())
@@ -212,7 +214,7 @@ class RunHook(cli.train_hook.TrainHook):
         dist.all_reduce(tokens, group=trainer.sync_group)
         largest = torch.tensor([self.peak_gib, *self.signals.values()], dtype=torch.float64, device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        self.peak_gib, self.terminated, self.save_wanted = largest.tolist()
+        self.peak_gib, self.terminated, self.interrupted, self.save_wanted = largest.tolist()
         epoch, seconds = state.samples // size, time.perf_counter() - self.began
         state.step, state.updates = state.step + 1, state.updates + 1
         state.samples += self.args.global_batch_size
@@ -238,20 +240,22 @@ class RunHook(cli.train_hook.TrainHook):
         """Saves where nnScaler does not: at an epoch's end, and when a signal asks for it."""
         if self.state.step == self.args.max_train_steps:
             return  # nnScaler saves the last step
-        if self.terminated or self.save_wanted:
+        leaving = self.terminated or self.interrupted
+        if leaving or self.save_wanted:
             self.signals.update(dict.fromkeys(self.signals, False))
             trainer._save_checkpoint(math.nan)  # at once, without a validation; nan is never the best loss
         elif self.epoch_ended and not self.args.checkpoint.every_n_train_steps:
             trainer._validate_and_save(cli.trainer._StepStat(train_loss=math.nan))
-        if self.terminated:
-            logger.info("SIGTERM: saved and stopping; --resume_from=last continues")
-            raise SystemExit(SIGTERM_EXIT_CODE)
+        if leaving:
+            logger.info("a signal came: saved and stopping; --resume_from=last continues")
+            raise SystemExit(128 + (signal.SIGTERM if self.terminated else signal.SIGINT))
 
     def on_save_checkpoint(self, trainer, content: dict) -> None:
         """Adds our state to the shard; rank 0 also writes it beside the shards."""
         if is_best := self.val_loss <= trainer.train_status.best_loss:
             self.best = self.val_loss
         state = dict(vars(self.state), best_val_loss=self.best, global_batch_size=self.args.global_batch_size)
+        state |= dict(run=self.options.run_id, parents=self.parents)
         if hook := self.args.hook.on_save_checkpoint:
             hook(trainer, state)
         content["trainer_state"] = json.dumps(state)

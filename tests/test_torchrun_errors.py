@@ -1,0 +1,92 @@
+"""A failure's reason stays in sight under torchrun, and SLURM repeats only what a restart may cure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import HELPERS, ROOT, environment, python, torchrun
+
+import train
+
+WRONG = "--max_train_steps=0"
+SENTENCE = "train.py: --max_train_steps 0: at least 1 is needed"
+
+
+def test_torchrun_names_our_sentence_and_code_as_the_root_cause():
+    done = torchrun(2, "train.py", WRONG, check=False)
+    before, root = done.stderr.split("Root Cause")
+    assert done.returncode == 1 and before.count(SENTENCE) == 1
+    assert f"traceback : {SENTENCE}" in root and "exitcode  : 2 " in root and "<N/A>" not in root
+
+
+def test_a_node_without_rank_0_says_its_sentence_too():
+    done = python("train.py", WRONG, check=False, RANK="8", LOCAL_RANK="0", timeout=15)
+    assert SENTENCE in done.stderr and done.returncode == 2
+
+
+# Unhandled error -> may a restart cure it?
+UNHANDLED = {
+    "RuntimeError('CUDA error: unspecified launch failure')": "True",
+    "torch.distributed.DistBackendError('broken')": "True",
+    "KeyError('a bug')": "False",
+}
+
+
+@pytest.mark.parametrize("error", UNHANDLED)
+def test_an_unhandled_error_leaves_at_once_with_its_traceback(tmp_path, error):
+    (tmp_path / "broken.py").write_text(
+        "import runpy, threading, torch, trainer.engine\n"
+        f"def choose(_): raise {error}\n"
+        "trainer.engine.choose = choose\n"
+        "threading.Thread(target=threading.Event().wait).start()  # never ends\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    file = tmp_path / "error.json"
+    env = dict(TORCHELASTIC_ERROR_FILE=str(file), **HELPERS)
+    done, said = python(tmp_path / "broken.py", check=False, timeout=60, **env), json.loads(file.read_text())
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert said["message"]["message"] in done.stderr
+    assert said["errorTraits"]["retryability"] == UNHANDLED[error]
+
+
+def test_out_of_gpu_memory_is_a_sentence_with_the_fix(monkeypatch, capsys):
+    def choose(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("trainer.engine.choose", choose)
+    assert train.main([]) == 1
+    said = capsys.readouterr().err
+    assert "rank 0 has too little GPU memory (CUDA out of memory): use --recompute=full" in said
+    assert said.count("\n") == 1
+
+
+# What happens to rank 1 as it starts -> is the job queued again?
+ENDS = {
+    "": False,  # only the flag is wrong
+    "os.kill(os.getpid(), 9)": True,
+    "os.kill(os.getppid(), 15); time.sleep(60)": True,  # the time limit: torchrun gets SIGTERM
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_slurm_queues_again_only_what_a_restart_may_cure(tmp_path, end):
+    scontrol = f"echo $1 >> {tmp_path}/calls; echo localhost #"
+    for name, text in {"srun": "shift; SLURM_PROCID=0 exec", "scontrol": scontrol}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\n{text} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    start = f"import os, time\nif os.environ.get('RANK') == '1': {end or 'pass'}\n"
+    (tmp_path / "sitecustomize.py").write_text(start)
+    job = f"test-{os.getpid()}"
+    slurm = dict(SLURM_JOB_ID=job, SLURM_JOB_NODELIST="here", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")
+    slurm |= dict(MAX_RESTARTS="0", MASTER_PORT="0", PYTHONPATH=str(tmp_path))
+    slurm["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "tools/train.sbatch", "--dataset_id=none", *([] if end else [WRONG])]
+    options = dict(cwd=ROOT, env=environment(**slurm), capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, **options)
+    calls = (tmp_path / "calls").read_text().split()
+    assert (calls[1:], done.returncode) == ((["requeue"], 0) if ENDS[end] else ([], 1)), done.stderr
+    assert (SENTENCE in done.stderr) == (not end) and not (ROOT / f".errors-{job}").exists()
