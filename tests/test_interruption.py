@@ -157,3 +157,11 @@ def test_torchrun_restarts_carry_on_by_themselves(launch, heavier, tmp_path):
     assert "resumed from" in run.end(code=0)
     torchrun(2, "train.py", *flags, *outputs(tmp_path / "whole"))
     assert_same(tmp_path, tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    # torchrun passes the second one on as a SIGTERM; a wrapper may send the first one twice.
+    code = "import os, time\nfrom trainer import ranks\nwith ranks.noted_signals():\n"
+    code += "    for number, wait in SENT:\n        os.kill(os.getpid(), number)\n        time.sleep(wait)"
+    for sent, expected in (([(2, 0.1), (2, 0.1)], 0), ([(2, 1.2), (15, 9)], 143)):
+        assert python("-c", code.replace("SENT", str(sent)), check=False).returncode == expected
