@@ -52,7 +52,8 @@ def prepare(
     target = Path(dataset_path).resolve()
     files = sources.find_files(dataset_id)
     source = sources.identity(files) if files else dataset_id
-    encoding = _hash([_vocabulary(tokenizer), tokenizer.chat_template])
+    vocabulary = _vocabulary(tokenizer)
+    encoding = _hash([vocabulary, tokenizer.chat_template])
     settings = dict(format=FORMAT, source=source, tokenizer=encoding, text_column=text_column)
     settings |= dict(max_seq_len=max_seq_len, validation_fraction=validation_fraction, seed=seed)
     work = target.with_name(target.name + ".preparing")
@@ -70,7 +71,7 @@ def prepare(
             encoder = Encoder(tokenizer, max_seq_len if joins else 0)
             paths = shards.tokenize(documents, encoder, seed, folder, num_proc)
             known = dict(settings=settings, dataset_id=dataset_id, tokenizer_id=tokenizer.name_or_path)
-            known["vocabulary"] = _vocabulary(tokenizer)
+            known["vocabulary"] = vocabulary
             with naming(folder):
                 _save(paths, folder, known, skip_bad_samples)
             os.sync()  # so that the folder is whole even after a power cut

@@ -189,9 +189,8 @@ class TrainerArgs:
         elif total % samples:
             fit = [n for n in range(1, total // ranks + 1) if total % (n * ranks) == 0]
             near = sorted(sorted(fit, key=lambda n: abs(n - self.micro_batch_size))[:2])
-            more = (
-                f"a number of ranks that divides it, or global_batch_size {samples * (total // samples + 1)}"
-            )
+            above = samples * (total // samples + 1)
+            more = f"a number of ranks that divides it, or global_batch_size {above}"
             fix = f"micro_batch_size {' or '.join(map(str, near))}" if near else more
             return [f"{given} does not divide global_batch_size {total}: use {fix}"]
         elif not self.grad_accumulation_steps:

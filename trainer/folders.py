@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointError, CheckpointName
+from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName
 
 logger = logging.getLogger(__name__)
 
@@ -104,17 +104,18 @@ def set_aside(folder: Path, paths: list[Path], what: str = "another run") -> Non
     logger.warning("%s holds %s: set aside in %s", folder, what, target)
 
 
-def survey(save_dir: Path, resumed: Path | None, state: dict) -> tuple[Path | None, list[Path]]:
+def survey(save_dir: Path, resumed: Checkpoint | None) -> tuple[Path | None, list[Path]]:
     """The resumed checkpoint's folder in save_dir, or None, and what the run would replace there.
 
     A fresh run replaces all of another one; a resumed one the checkpoints that the resumed one does not
-    descend from, and folders in the place of links. resumed: its path; state: what it holds.
+    descend from, and folders in the place of links.
     """
     if not resumed:
         return None, contents(save_dir) if _holds_a_run(save_dir) else []
+    path, state = resumed.path, resumed.state
     home = save_dir.resolve() / str(CheckpointName(state["epoch"], state["step"]))
-    if resumed.is_dir() and resumed.parent == home.parent and not home.exists():
-        os.rename(resumed, home)  # a folder called `last`, where the links were not copied
+    if path.is_dir() and path.parent == home.parent and not home.exists():
+        os.rename(path, home)  # a folder called `last`, where the links were not copied
     links = [save_dir / link for link in LINKS]
     found = [path for path in links if path.is_dir() and not path.is_symlink()]
     found += [path for path in checkpoint.checkpoints(save_dir) if not _descends(state, path)]

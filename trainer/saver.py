@@ -178,7 +178,7 @@ class Saver:
         body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
         _write_json(temporary / checkpoint.MANIFEST, {**body, "checksum": checkpoint.json_digest(body)})
         sync_folder(temporary)
-        if folder.exists():
+        if folder.exists():  # never in a run: it saves no step twice, and sets aside what another left
             folders.remove(folder)
         os.rename(temporary, folder)
         sync_folder(self.save_dir)

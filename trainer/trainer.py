@@ -121,8 +121,7 @@ class Trainer:
 
     def _open_folders(self) -> Path | None:
         """Sets aside what this run would replace; returns the resumed checkpoint's folder if it is here."""
-        resumed = self.resumed or Checkpoint(None)
-        home, replaced = folders.survey(self.save_dir, resumed.path, resumed.state)
+        home, replaced = folders.survey(self.save_dir, self.resumed)
         self.loggers = [config.type(**config.args) for config in self.args.log]
         for log in self.loggers:
             log.setup(self.options.run_id, self.parents, branched=bool(replaced) or not home)

@@ -62,7 +62,7 @@ class Trainer:
         _adapt_surroundings()
         if not self.resumed:
             ranks.by_first_rank(
-                lambda: folders.make_room(self.save_dir, *folders.survey(self.save_dir, None, {}))
+                lambda: folders.make_room(self.save_dir, *folders.survey(self.save_dir, None))
             )
         setup.seed_everything(self.args.seed, self.options.deterministic)
         with ranks.noted_signals() as signals:
