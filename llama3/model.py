@@ -4,6 +4,7 @@ Shapes: B rows of T tokens, N query heads and K key-value heads of size H, hidde
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -160,6 +161,18 @@ class Llama(nn.Module):
         for tensor in told.values():
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return told
+
+    def flops_per_token(self, batch: dict) -> float:
+        """Floating-point operations of a training step by PaLM's convention (2204.02311, appendix B).
+
+        Six times the parameters of matrix products, and attention over the whole row, without its causal or
+        document mask; recompute does not count.
+        """
+        config, T = self.model.config, batch["input_ids"].shape[1]
+        matrices = sum(math.prod(p.shape) for p in self.model.model.layers.parameters() if p.ndim == 2)
+        matrices += config.vocab_size * config.hidden_size  # the output projection; the embedding has none
+        width = config.num_attention_heads * self.model.model.layers[0].self_attn.head_dim
+        return 6 * matrices + 12 * config.num_hidden_layers * width * T
 
     def weight_files(self) -> dict[str, Path] | None:
         """Return the safetensors file of each parameter by its Hugging Face name; None from scratch."""

@@ -14,7 +14,7 @@ from helpers.runs import python
 SENTENCES = make_texts(2000, most=12)
 # One process tries every case and prints what each returns, or its error.
 TRY_ALL = """
-import json, sys
+import json, os, sys
 from llama3 import assets, sources
 assets.RETRY_SECONDS = (0.01, 0.01, 0.01)
 readers = {
@@ -29,7 +29,8 @@ for case in json.loads(sys.argv[1]):
         found[case] = readers[case.split()[0]](case.split()[1])
     except ValueError as error:
         found[case] = str(error)
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
+os._exit(0)  # a thread of pyarrow's may still close a file, and aborts a process that ends in the meantime
 """
 
 

@@ -39,6 +39,7 @@ class ModelConfig:
     `weight_files()`: checkpoint name of each parameter -> the safetensors file that holds it, or None.
     `initial_values(name, start, stop)`: those elements of the flattened fresh parameter, in fp32, a function
     of seed and name only; called if there are no weight files.
+    `flops_per_token(batch)`: floating-point operations of a training step, for MFU.
     `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its
     `whole_functions` maps each function that nnScaler must not trace into to its tensors' dims.
     """

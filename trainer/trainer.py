@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer import folders, parallel, ranks, setup
+from trainer import devices, folders, parallel, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName, lineage
 from trainer.loggers import log_save_cost, perplexity, progress_line
@@ -52,6 +52,7 @@ class Trainer:
             raise ValueError("compute_config.plan_ngpus must be 1: our engine shards the model instead")
         self.args, self.options = train_args, options or NativeOptions()
         self.device = parallel.pick_device()
+        self.kind = devices.of(self.device)
         self.save_dir = Path(train_args.checkpoint.save_dir)
         self.state, self.loggers = TrainState(), []
         self.signals = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), False)
@@ -171,6 +172,7 @@ class Trainer:
             metrics |= {"tokens": state.tokens, "tokens_per_second": tokens / self.step_seconds}
             metrics |= {"step_seconds": self.step_seconds, "data_seconds": data_seconds}
             metrics["peak_memory_gib"] = memory
+            metrics |= self._utilization(metrics["tokens_per_second"], micro_batches[0])
             if save_failed:
                 self.saver.wait()  # raises on every rank
             if finite:
@@ -224,6 +226,15 @@ class Trainer:
             torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], clip / targets)
             self.optimizer.step()
         return loss, gnorm, int(tokens), finite
+
+    def _utilization(self, tokens_per_second: float, batch: dict) -> dict[str, float]:
+        """The share of the devices' bf16 rate that the model's operations take, where the rate is known."""
+        flops_per_token = getattr(self.model, "flops_per_token", None)
+        if not (self.kind and flops_per_token):
+            return {}
+        return {
+            "mfu": tokens_per_second * flops_per_token(batch) / (self.kind.tflops * 1e12 * self.world_size)
+        }
 
     def _save_and_validate(self, epoch: int, finite: bool, wanted: bool, stopped: int) -> None:
         """Does what is due after a step: first the save, then the validation, then `best`.
