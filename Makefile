@@ -1,10 +1,11 @@
 # make demo: fine-tunes a real model on two ranks, on this machine's CPU.  make test: the tests.  Both set up .venv themselves.
+# make gpu: tests and measures everything on this machine's GPUs.
 PYTHON ?= python3
 PY := .venv/bin/python
 TORCHRUN := .venv/bin/torchrun --standalone
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow gpu lint clean
 
 $(INSTALLED): requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +33,10 @@ test: $(INSTALLED) lint
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow
+
+# Installs nothing: a GPU machine may have a torch of its own, and no network.
+gpu:
+	$(or $(wildcard $(PY)),$(PYTHON)) benchmarks/gpu.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 ENDLESS = 10**6  # steps: a measured run is ended from outside, before it would save
 
 
@@ -37,8 +38,9 @@ def make_tokenizer(vocab: int):
 def make_model(folder: Path, device: str = "cpu", **config) -> Path:
     """A Hugging Face folder of a Llama with fresh weights in bf16 and `make_tokenizer`'s tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(LlamaConfig(**config), dtype=torch.bfloat16)
@@ -64,7 +66,7 @@ def make_rows(folder: Path, vocab: int, seq_len: int, rows: int, document: int |
             words = [f"w{draw.randrange(1, vocab)}" for _ in range(length - 1)]  # and the document's end
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
             left -= length
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return data.prepare(str(text), make_tokenizer(vocab), folder / "rows", seq_len, validation_fraction=0)
 
 
@@ -146,5 +148,5 @@ def interleave(ways: dict[str, Callable], repeats: int) -> dict[str, list]:
 def medians(rows: list[dict]) -> dict[str, float]:
     """The median of every number that all the rows have."""
     shared = set.intersection(*(set(row) for row in rows))
-    numbers = [name for name in rows[0] if name in shared and isinstance(rows[0][name], int | float)]
+    numbers = [name for name in rows[0] if name in shared and type(rows[0][name]) in (int, float)]
     return {name: statistics.median(row[name] for row in rows) for name in numbers}

@@ -24,6 +24,7 @@ from trainer.sampler import epoch_order  # noqa: E402
 # train.py's defaults; the order is that of the rows, which are shuffled below.
 COMMON = dict(learning_rate=2e-5, weight_decay=0.01, lr_scheduler_type="constant", optim="adamw_torch_fused")
 COMMON |= dict(max_grad_norm=1.0, per_device_train_batch_size=1, train_sampling_strategy="sequential")
+COMMON |= dict(use_cpu=not torch.cuda.is_available())
 QUIET = dict(save_strategy="no", logging_steps=1, disable_tqdm=True, report_to="none")
 
 
