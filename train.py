@@ -19,8 +19,10 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
@@ -86,7 +88,7 @@ FLAGS = {
     "pas_policy": ("autodist", ["autodist", "dp"], "how the engine plans the parallelism"),
     "recompute": ("auto", str, "none, selective, full, or a number of layers; auto: full on CUDA"),
     "dp_replicate": (1, (int, 1), "replicas of the model; shards lie over the ranks inside a replica"),
-    "compile": ("auto", ON_OFF, "torch.compile each layer; auto: on with CUDA"),
+    "compile": ("auto", ON_OFF, "torch.compile each layer; auto: on with CUDA, and in --demo"),
 }
 
 
@@ -458,12 +460,23 @@ def engine_options(args, engine_name: str):
     on_cuda = torch.cuda.device_count() > 0
     native = on_cuda and engine_name == "native"  # nnScaler neither compiles nor saves in the background
     on = {"auto": native, "on": True, "off": False}
+    demo = args.demo and args.mode == "train" and engine_name == "native"
+    compiled = can_compile() if demo and args.compile == "auto" and not on_cuda else on[args.compile]
     recompute = int(args.recompute) if args.recompute.isdecimal() else args.recompute
     if recompute == "auto":  # nnScaler's 'dp' cannot recompute
         recompute = "full" if native or (on_cuda and args.pas_policy == "autodist") else "none"
-    options = dict(recompute=recompute, compile=on[args.compile], async_save=on[args.async_save])
+    options = dict(recompute=recompute, compile=compiled, async_save=on[args.async_save])
     options |= chosen(args, "deterministic", "max_skipped_steps", "dp_replicate", "timeout_seconds")
     return NativeOptions(validate_first=args.demo, **options)
+
+
+def can_compile() -> bool:
+    """Does this machine have what torch.compile needs on a CPU? Says so if not."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    found = bool(shutil.which(os.environ.get("CXX", "g++"))) and header.exists()
+    if not found:
+        logger.info("no g++ or no %s: --demo runs without torch.compile, a third slower", header)
+    return found
 
 
 def schedule(args, resumed: dict | None):

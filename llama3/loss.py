@@ -3,6 +3,8 @@
 Shapes: N positions with a target, n of them in a chunk, hidden size D, vocabulary V.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -37,25 +39,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        hidden, weight = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        # In place: a second weight's gradient would be a GiB for Llama 3. So backward runs once only.
+        hidden, weight = (grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
         return hidden, weight, None, None, None
 
 
 def loss_and_gradient(logits, labels, needs_grad):
     """Return the loss summed over (n, V) logits, and its gradient, in the logits' memory, or None.
 
-    Compiled, it reads the logits twice and writes the gradient once.
+    Compiled, it reads the logits three times, writes the gradient once, and holds nothing else of their size.
     """
-    logits32 = logits.float()  # (n, V)
-    largest = logits32.amax(-1, keepdim=True)  # (n, 1)
-    target = logits32.gather(1, labels[:, None]) - largest  # (n, 1)
-    exponentials = logits32.sub_(largest).exp_()  # in place, to save memory
-    total = exponentials.sum(-1, keepdim=True)  # (n, 1)
-    loss = (total.log() - target).sum()
+    largest = logits.amax(-1, keepdim=True).float()  # (n, 1)
+    copy32 = partial(logits.to, torch.float32, copy=True)
+    total = copy32().sub_(largest).exp_().sum(-1, keepdim=True)  # (n, 1)
+    log_total = largest + total.log()
+    target = logits.gather(1, labels[:, None]).float() - log_total  # (n, 1): its log probability
+    loss = -target.sum()
     if not needs_grad:
         return loss, None
-    grad = logits.copy_(exponentials.div_(total))
-    return loss, grad.scatter_(1, labels[:, None], (target.exp() / total - 1).to(logits.dtype))
+    # The exponentials again, as other numbers, so that a compiler does not keep those from above.
+    grad = logits.copy_(copy32().sub_(log_total).exp_())
+    return loss, grad.scatter_(1, labels[:, None], (target.exp() - 1).to(logits.dtype))
 
 
 def chunked_cross_entropy(

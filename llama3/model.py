@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import torch
@@ -40,13 +40,13 @@ def packed_attention(
         most = T if longest is None else longest.shape[0]
         options = dict(scale=scaling, window_size=(-1, 0), enable_gqa=N != key.shape[1])
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, most, most, **options).view(B, T, N, H), None
-    key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
     if query.is_cuda:  # no variable-length kernel takes fp32
         tokens = torch.arange(B * T, dtype=cu_seqlens.dtype, device=query.device)
         document = torch.bucketize(tokens, cu_seqlens, right=True).view(B, 1, T)
-        mask = (document[..., None] == document[..., None, :]).tril()
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2), None
-    q, k, v = (x.transpose(1, 2).reshape(B * T, N, H) for x in (query, key, value))
+        options = dict(scale=scaling, enable_gqa=N != key.shape[1])
+        options["attn_mask"] = (document[..., None] == document[..., None, :]).tril()
+        return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
+    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, H) for x in (query, key, value))
     return attention_by_document(q, k, v, cu_seqlens, scaling or H**-0.5)[0].view(B, T, N, H), None
 
 
@@ -56,25 +56,38 @@ def packed_attention(
 def attention_by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three (tokens, N, H) -> the result in that shape, and what backward needs, (tokens, N)."""
+    """(tokens, N, H) and two (tokens, K, H) -> the result, and what backward needs, (tokens, N)."""
     attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, is_causal=True, scale=scale)
-    return _by_document(attend, cu_seqlens, [query, key, value])
+    return _by_document(attend, cu_seqlens, [query, *_for_each_query(query, key, value)])
 
 
 @torch.library.custom_op("llama3::packed_attention_backward", mutates_args=())
 def _attention_by_document_backward(
     tensors: list[torch.Tensor], cu_seqlens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, query, key, value, *rest = tensors
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return _by_document(partial(attend, dropout_p=0.0, is_causal=True, scale=scale), cu_seqlens, tensors)
+    attend = partial(attend, dropout_p=0.0, is_causal=True, scale=scale)
+    tensors = [grad, query, *_for_each_query(query, key, value), *rest]
+    grad_query, *grads = _by_document(attend, cu_seqlens, tensors)
+    return grad_query, *(x.unflatten(1, (key.shape[1], -1)).sum(2) for x in grads)
+
+
+def _for_each_query(query, *tensors):
+    """Repeat key and value heads, (tokens, K, H), for each of their query heads, (tokens, N, H)."""
+    return (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in tensors)
 
 
 def _by_document(attend, cu_seqlens, tensors):
-    """Apply to the (1, N, t, ...) of each document; tensors and results are (tokens, N, ...)."""
-    lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
-    documents = zip(*(x.split(lengths) for x in tensors), strict=True)
-    results = [attend(*(x.transpose(0, 1)[None] for x in document)) for document in documents]
-    return tuple(torch.cat([x[0].transpose(0, 1) for x in parts]) for parts in zip(*results, strict=True))
+    """Apply to the (D, N, t, ...) of D documents of one length; tensors and results are (tokens, N, ...)."""
+    lengths = (stop - start for start, stop in pairwise(cu_seqlens.tolist()))
+    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+    split = [x.split([count * length for count, length in runs]) for x in tensors]
+    results = []
+    for run, parts in zip(runs, zip(*split, strict=True), strict=True):
+        found = attend(*(x.unflatten(0, run).transpose(1, 2) for x in parts))
+        results.append([x.transpose(1, 2).flatten(0, 1) for x in found])
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -56,10 +56,14 @@ def parallelize(
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     alone = getattr(model, "sharded_alone", [])
     for module in [*layers, *alone, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        # Gradients are plain sums: the trainer divides once, by the number of targets.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        # A single rank gathers nothing: it keeps the parameters in their computing precision.
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if mesh.size() > 1 else False
+        )
+        if mesh.size() > 1:  # or FSDP would copy all gradients to divide them by 1
+            # Gradients are plain sums: the trainer divides once, by the number of targets.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     for module in alone:
         module.set_unshard_in_backward(False)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))

@@ -211,6 +211,8 @@ class Trainer:
         self.optimizer.zero_grad()
         loss_sum, targets, tokens = 0.0, 0, 0
         for batch in micro_batches:
+            if self.world_size == 1:  # the parameters do not change before the last one
+                self.model.set_reshard_after_backward(batch is micro_batches[-1])
             loss, detached, count = self.model(batch)
             loss.backward()  # FSDP sums the gradients over the ranks
             loss_sum, targets = loss_sum + detached.double(), targets + count
