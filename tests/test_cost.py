@@ -50,9 +50,7 @@ def test_no_product_is_computed_twice(model_id, recompute, passes):
     counter = FlopCounterMode(display=False)  # it does not see inside attention
     model = one_step(model_id, counter, recompute)
     layers = sum(math.prod(p.shape) for p in model.model.model.layers.parameters() if p.ndim == 2)
-    products = (
-        passes * layers - (passes - 3) * LAYERS * HIDDEN * INNER
-    )  # a layer needs its last one no more
+    products = passes * layers - (passes - 3) * LAYERS * HIDDEN * INNER  # a layer needs its last one no more
     targets = ROWS * (T - 2)  # a document's last token has none
     expected = 2 * 2 * (products * ROWS * T + 3 * VOCABULARY * HIDDEN * targets)
     assert counter.get_total_flops() == expected
