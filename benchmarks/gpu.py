@@ -217,7 +217,7 @@ def problems(report: dict) -> Iterator[str]:
     if (found := peer.get("loss_difference", 0)) > LOSS_TOLERANCE:
         yield f"the losses differ from transformers' by {found:.4f}"
     for row in report["loss"] + report["attention"]:
-        if row["largest_error"] > kernels.TOLERANCE:
+        if row.get("largest_error", 0) > kernels.TOLERANCE:
             yield f"{row['name']}: an error of {row['largest_error']:.1e}"
 
 
