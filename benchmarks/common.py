@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 ENDLESS = 10**6  # steps: a measured run is ended from outside, before it would save
+LIMIT_SECONDS = 600  # of a run
 
 
 class RunFailed(Exception):
@@ -38,12 +39,12 @@ def make_tokenizer(vocab: int):
 def make_model(folder: Path, device: str = "cpu", **config) -> Path:
     """A Hugging Face folder of a Llama with fresh weights in bf16 and `make_tokenizer`'s tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, logging
+    from transformers import AutoModelForCausalLM, LlamaConfig, logging
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**config), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     make_tokenizer(config["vocab_size"]).save_pretrained(folder)
     return folder
@@ -105,9 +106,9 @@ def run_ours(flags: list, ranks: int = 1, env: dict | None = None, steps: int = 
         own += [f"--max_train_steps={ENDLESS}", f"--save_every_n_train_steps={ENDLESS}"]
         with open(output, "w") as file:
             process = start("train.py", [*flags, *own], ranks, env, file)
-        rows = []
+        rows, limit = [], time.monotonic() + LIMIT_SECONDS
         try:
-            while len(rows) < steps and process.poll() is None:
+            while len(rows) < steps and process.poll() is None and time.monotonic() < limit:
                 time.sleep(0.05)
                 if (log / "metrics.jsonl").exists():
                     rows = [row for row in read_metrics(log) if "train_loss" in row]
@@ -128,10 +129,11 @@ def run_transformers(
         with open(output, "w") as file:
             process = start("benchmarks/hf_trainer.py", arguments, ranks, env, file)
         try:
-            failed = process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LIMIT_SECONDS)
         finally:
             end(process)
-        if failed:
+        if process.returncode:
             raise RunFailed(last_words(output))
         return json.loads(result.read_text())
 

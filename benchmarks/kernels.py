@@ -38,14 +38,19 @@ def timed(device: str, actions: dict, inputs: list, repeats: int = 10) -> list[d
         peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if device == "cuda" else None
         return took, peak, [out.detach(), *(tensor.grad for tensor in inputs)]
 
-    first = {name: run(action) for name, action in actions.items()}  # also warms up, and compiles
-    reference, rows = next(iter(first.values()))[2], []
-    found = interleave({name: lambda a=action: run(a)[:2] for name, action in actions.items()}, repeats)
-    for name, runs in found.items():
+    first, rows = {}, []
+    for name, action in actions.items():  # also warms up, and compiles
+        try:
+            first[name] = run(action)
+        except torch.OutOfMemoryError as error:
+            rows.append(dict(name=name, out_of_memory=str(error).split(". ")[0]))
+    fitting = {name: lambda action=actions[name]: run(action)[:2] for name in first}
+    for name, runs in interleave(fitting, repeats).items():
+        reference = next(iter(first.values()))[2]
         pairs = zip(first[name][2], reference, strict=True)
-        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
-        row = dict(name=name, milliseconds=statistics.median(took for took, _ in runs))
-        rows.append(row | dict(peak_gib=runs[-1][1], largest_error=max(errors)))
+        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        took = statistics.median(milliseconds for milliseconds, _ in runs)
+        rows.append(dict(name=name, milliseconds=took, peak_gib=runs[-1][1], largest_error=error))
     return rows
 
 
@@ -111,11 +116,13 @@ def measure(device: str) -> dict[str, list[dict]]:
 
 def show(found: dict[str, list[dict]]) -> None:
     for part, rows in found.items():
-        print(f"\n{part}, forward and backward:{'':>10} ms   GiB  largest error")
+        print(f"\n{f'{part}, forward and backward':32}{'ms':>9}{'GiB':>8}  largest error")
         for row in rows:
-            peak = "    -" if row["peak_gib"] is None else f"{row['peak_gib']:5.2f}"
-            wrong = "  WRONG" if row["largest_error"] > TOLERANCE else ""
-            print(f"{row['name']:32} {row['milliseconds']:8.2f} {peak}  {row['largest_error']:.1e}{wrong}")
+            if "out_of_memory" in row:
+                print(f"{row['name']:32}  {row['out_of_memory']}")
+                continue
+            peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+            print(f"{row['name']:32}{row['milliseconds']:9.2f}{peak:>8}  {row['largest_error']:.1e}")
 
 
 if __name__ == "__main__":

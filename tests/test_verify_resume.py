@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers.devices import SEVERAL, on_cuda, visible
 from helpers.runs import python, run_cases
 
 from tools.verify_resume import first_difference
@@ -45,9 +46,11 @@ def test_weights_that_differ_are_named(runs, tmp_path):
     assert "the last checkpoints differ, first in model." in first_difference(runs / "one", tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(3))
-def test_the_command_kills_resumes_and_says_so(flags, tmp_path, attempt):
-    run = [*flags, "--max_train_steps=8", f"--save_dir={tmp_path / 'ckpt'}"]
-    done = python("train.py", *run, "--verify_resume")
-    assert "resume is exact: 8 steps on 2 ranks" in done.stdout and not list(tmp_path.iterdir())
+ON_CPU = [pytest.param("cpu", 2, marks=pytest.mark.slow, id=f"cpu-{attempt}") for attempt in range(3)]
+
+
+@pytest.mark.parametrize("device, ranks", [*ON_CPU, on_cuda("cuda", 1), SEVERAL])
+def test_the_command_kills_resumes_and_says_so(flags, tmp_path, device, ranks):
+    run = [*flags, "--precision=bf16", "--max_train_steps=8", f"--save_dir={tmp_path / 'ckpt'}"]
+    done = python("train.py", *run, "--verify_resume", f"--world_size={ranks}", **visible(device))
+    assert f"resume is exact: 8 steps on {ranks} ranks" in done.stdout and not list(tmp_path.iterdir())

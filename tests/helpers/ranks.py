@@ -6,19 +6,21 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 
 import train
+from trainer import ranks
 
 cases, codes = json.loads(Path(sys.argv[1]).read_text()), {}
-dist.init_process_group("gloo")
-for name, flags in cases.items():
-    if not any(flag.startswith("--merge_checkpoint") for flag in flags):
-        codes[name] = train.main(flags)
-    elif dist.get_rank() == 0:  # one process merges; the others wait for it
-        with mock.patch.dict(os.environ, WORLD_SIZE="1", RANK="0"):
+with ranks.process_group():
+    for name, flags in cases.items():
+        if not any(flag.startswith("--merge_checkpoint") for flag in flags):
             codes[name] = train.main(flags)
-    dist.barrier()
-if dist.get_rank() == 0:
-    Path(sys.argv[2]).write_text(json.dumps(codes))
-dist.destroy_process_group()
+        elif dist.get_rank() == 0:  # one process merges; the others wait for it
+            with mock.patch.dict(os.environ, WORLD_SIZE="1", RANK="0"):
+                codes[name] = train.main(flags)
+        dist.barrier()
+        torch.compiler.reset()
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(codes))

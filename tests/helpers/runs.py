@@ -45,10 +45,11 @@ def torchrun(ranks: int, *argv, **options) -> subprocess.CompletedProcess:
     return python(*launcher, *argv, **options)
 
 
-def run_cases(folder: Path, ranks: int, cases: dict[str, list[str]], **codes: int) -> None:
+def run_cases(folder: Path, ranks: int, cases: dict[str, list[str]], env: dict | None = None, **codes: int):
     """Starts the ranks once; they call main for each case, which must return 0, or the code given here."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    torchrun(ranks, "tests/helpers/ranks.py", folder / "cases.json", folder / "codes.json", **HELPERS)
+    env = {**HELPERS, **(env or {})}
+    torchrun(ranks, "tests/helpers/ranks.py", folder / "cases.json", folder / "codes.json", **env)
     assert json.loads((folder / "codes.json").read_text()) == dict.fromkeys(cases, 0) | codes
 
 
