@@ -6,12 +6,12 @@ import sys
 
 import pytest
 from helpers import runs
-from helpers.runs import outputs, rows
+from helpers.runs import outputs
 
 
 @pytest.fixture
 def nodes(flags, prepared, tmp_path):
-    """Starts two nodes of one rank with flags of their own; returns exit codes and what they said.
+    """Starts two nodes with flags of their own; returns exit codes and what they said.
 
     Each starts in a folder of its own, where `data` are the prepared data.
     """
@@ -19,11 +19,17 @@ def nodes(flags, prepared, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "data").symlink_to(prepared)
 
-    def start(first: list, second: list) -> tuple[list[int], list[str]]:
+    def start(first: list, second: list, ranks: int = 1) -> tuple[list[int], list[str]]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
-        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d"]
-        launcher += [endpoint, "--rdzv-id=1", "--local-addr=127.0.0.1", runs.ROOT / "train.py"]
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={ranks}"]
+        launcher += [
+            "--rdzv-backend=c10d",
+            endpoint,
+            "--rdzv-id=1",
+            "--local-addr=127.0.0.1",
+            runs.ROOT / "train.py",
+        ]
         started = []
         common = [*flags, "--dataset_path=data", "--max_train_steps=2", *outputs(tmp_path)]
         for name, more in (("first", first), ("second", second)):
@@ -40,10 +46,16 @@ def nodes(flags, prepared, tmp_path):
     return start
 
 
-def test_two_nodes_train_as_one(nodes, tmp_path):
-    codes, said = nodes([], [])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_two_nodes_of_two_ranks_have_the_losses_of_one_rank(nodes, flags, tmp_path, replicas):
+    batch = ["--global_batch_size=8", "--max_train_steps=3"]
+    mesh = [*batch, f"--dp_replicate={replicas}"]
+    codes, said = nodes(mesh, mesh, ranks=2)
     assert codes == [0, 0], said
-    assert list(rows(tmp_path / "log", "train_loss")) == [1, 2]
+    runs.python("train.py", *flags, *batch, *outputs(tmp_path / "one"))
+    for key in ("train_loss", "gnorm"):
+        expected, found = runs.column(tmp_path / "one", key), runs.column(tmp_path, key)
+        assert len(found) == 3 and found == pytest.approx(expected, rel=1e-4)
 
 
 WRONG = {
