@@ -67,7 +67,8 @@ class Bench:
         self.device, self.ranks, self.folder, self.deadline = device, ranks, folder, deadline
         self.size = SIZES[device]
         self.accumulation = {T: self.size["rank_tokens"] // T for T in self.size["seq_lens"]}
-        self.env = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        tiny = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # tiny matrices need no threads
+        self.env = tiny if device == "cpu" else {}
 
     def model(self, layers: int) -> Path:
         folder = self.folder / f"model-{layers}"

@@ -1,5 +1,7 @@
 """The devices that a test runs on: the CPU and, marked gpu, CUDA."""
 
+import os
+
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ def on_cuda(*values, devices: int = 1):
 
 def visible(device: str) -> dict[str, str]:
     """The environment in which a run sees no CUDA device, or all of them."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(CUDA_DEVICES))) if device == "cuda" else ""}
+    every = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(CUDA_DEVICES))))
+    return {"CUDA_VISIBLE_DEVICES": every if device == "cuda" else ""}
 
 
 # A device and ranks: as many devices as there are, of which a power of two divides the batch.
