@@ -89,6 +89,7 @@ class Trainer:
         if (wanted := args.compute_config.runtime_ngpus) != self.world_size:
             raise ValueError(f"compute_config.runtime_ngpus is {wanted}, but {self.world_size} ranks run")
         setup.seed_everything(args.seed, self.options.deterministic)
+        self.memory_before_gib = peak_memory_gib(self.device)
         data = args.dataset
         self.train_set = data.type(**data.train_args)
         self.val_set = data.type(**data.val_args) if data.val_args else None
@@ -194,6 +195,9 @@ class Trainer:
         self._finish()
 
     def _finish(self) -> None:
+        (measured,) = self._largest(peak_memory_gib(self.device) - self.memory_before_gib)
+        if predicted := self.options.predicted_peak_gib:
+            logger.info("peak memory of a rank: %.2f GiB, the plan predicted %.2f", measured, predicted)
         self.saver.wait()
         self._after_save()
         if self.rank == 0:
