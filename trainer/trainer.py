@@ -197,7 +197,10 @@ class Trainer:
     def _finish(self) -> None:
         (measured,) = self._largest(peak_memory_gib(self.device) - self.memory_before_gib)
         if predicted := self.options.predicted_peak_gib:
-            logger.info("peak memory of a rank: %.2f GiB, the plan predicted %.2f", measured, predicted)
+            what = (
+                "peak memory of a rank" if self.device.type == "cuda" else "resident memory of a rank grew by"
+            )
+            logger.info("%s: %.2f GiB; the plan predicted %.2f for its tensors", what, measured, predicted)
         self.saver.wait()
         self._after_save()
         if self.rank == 0:
