@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
+import hashlib
 import json
 import logging
 import math
@@ -29,7 +31,7 @@ import traceback
 from pathlib import Path
 
 from llama3 import presets
-from trainer.args import TrainingFailed
+from trainer.args import TrainingFailed, derive_batch_sizes
 from trainer.ending import complain, record
 
 logger = logging.getLogger("train")
@@ -79,15 +81,17 @@ FLAGS = {
     "allow_changed_data": (False, bool, "resume on other data than the checkpoint's run had"),
     "save_dir": ("./checkpoints", path, "folder of the checkpoints"),
     "log_dir": ("./runs/llama3_demo", path, "folder of metrics.jsonl, TensorBoard events, curves.png"),
-    "output_path": (None, path, "where --merge_checkpoint or --export_hf writes"),
+    "output_path": (None, path, "where --merge_checkpoint, --export_hf or --plan (JSON) writes"),
     "export_dtype": (None, ["bf16", "fp32"], "default: the training precision"),
     "max_new_tokens": (64, (int, 1), "length of --generate's sample"),
     "timeout_seconds": (600, (int, 1), "longest wait for a step; ten times that for what takes longer"),
-    "world_size": (None, (int, 1), "ranks of --verify_resume; default: the CUDA devices here, or 2"),
+    "world_size": (None, (int, 1), "devices of --plan (8), ranks of --verify_resume (CUDA devices, or 2)"),
+    "device_type": ("h100-80g", str, "of --plan: a name, or GiB:TFLOPS:GBps[:link GBps]"),
     "engine": ("auto", ["auto", "nnscaler", "native"], "auto: nnscaler if it is installed and CUDA is there"),
-    "pas_policy": ("autodist", ["autodist", "dp"], "how the engine plans the parallelism"),
-    "recompute": ("auto", str, "none, selective, full, or a number of layers; auto: full on CUDA"),
-    "dp_replicate": (1, (int, 1), "replicas of the model; shards lie over the ranks inside a replica"),
+    "pas_policy": ("autodist", ["autodist", "dp"], "autodist: the plan; dp: full sharding with these flags"),
+    "mem_constraint": (None, (float, 0.1), "GiB of a device that the plan may use; default: nearly all"),
+    "recompute": ("auto", str, "none, selective, full, or a number of layers; auto: the least that fits"),
+    "dp_replicate": (None, (int, 1), "replicas of the model, each sharded; default: the plan's"),
     "compile": ("auto", ON_OFF, "torch.compile each layer; auto: on with CUDA, and in --demo"),
 }
 
@@ -100,8 +104,9 @@ NEAR |= dict(output_dir="save_dir", resume="resume_from", steps="max_train_steps
 NOT_RESUMED = set(
     "save_dir log_dir output_path max_train_steps grad_accumulation_steps micro_batch_size recompute compile "
     "dp_replicate async_save timeout_seconds engine pas_policy resume_from allow_changed_data world_size "
-    "max_new_tokens export_dtype".split()
+    "max_new_tokens export_dtype device_type mem_constraint".split()
 )
+ACCUMULATION = "grad_accumulation_steps"
 PREPARED_WITH = {"dataset_id", "validation_fraction", "text_column"}  # what training cannot change
 # Of a model's configuration, what does not change what it computes.
 NOT_COMPARED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
@@ -189,8 +194,7 @@ def default_dataset_path(dataset_id: str, max_seq_len: int) -> str:
 
 def resolve_resumed(args, state: dict) -> argparse.Namespace:
     """The flags with those of the checkpoint's run where the user gives none; names each that differs."""
-    config = state.get("config", {})
-    saved = {name: config[name] for name in FLAGS if name in config.keys() - NOT_RESUMED}
+    saved = saved_flags(state)
     default_path = saved and default_dataset_path(saved["dataset_id"], saved["max_seq_len"])
     if saved.get("dataset_path") == default_path and args.given.keys() & {"dataset_id", "max_seq_len"}:
         del saved["dataset_path"]
@@ -201,6 +205,12 @@ def resolve_resumed(args, state: dict) -> argparse.Namespace:
         elif name not in args.given and getattr(args, name) != value:
             logger.info("--%s=%s, as the checkpoint's run (without it: %s)", name, value, getattr(args, name))
     return resolved
+
+
+def saved_flags(state: dict) -> dict:
+    """The flags that a resume takes from the checkpoint's run."""
+    config = state.get("config", {})
+    return {name: config[name] for name in FLAGS if name in config.keys() - NOT_RESUMED}
 
 
 def dataset_name(dataset_id: str) -> str:
@@ -316,6 +326,9 @@ def prepare_trainer(args, engine_name: str, resumed):
     if resumed:
         check_same_model(resumed.path, config, state)
     say_what_has_no_effect(args, config, state)
+    plan = None
+    if (args.mode, engine_name) == ("train", "native"):
+        args, plan = planned(args, state)
     if not args.from_scratch and not resumed:
         assets.weight_files(args.model_id)  # downloads them now, so that no rank waits for it later
     train_args = trainer_args(args, config, resumed, fingerprint)
@@ -327,9 +340,10 @@ def prepare_trainer(args, engine_name: str, resumed):
     if args.mode == "evaluate" and not train_args.dataset.val_args:
         fix = "prepare it with a larger --validation_fraction"
         raise ValueError(f"{args.dataset_path} has no validation samples: {fix}")
-    options = engine_options(args, engine_name)
+    options = engine_options(args, engine_name, plan)
     facts = {"data": fingerprint, "the model": json_digest(config.to_dict()), "torch": torch.__version__}
-    facts["the checkpoint"] = json_digest(state)
+    layout = f"recompute {options.recompute}, {options.dp_replicate} x {train_args.micro_batch_size}"
+    facts |= {"the checkpoint": json_digest(state), "the plan": layout}
     return engine.trainer_class(engine_name)(train_args=train_args, options=options), facts
 
 
@@ -392,7 +406,6 @@ def trainer_args(args, config, resumed, fingerprint: str):
 
     state, resume_from = (resumed.state, resumed.path) if resumed else (None, None)
     train_set, val_set = split_arguments(args, config.vocab_size)
-    llama = chosen(args, "model_id", "from_scratch", "num_hidden_layers", "seed")
     adamw = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, state))
     collate = data.Collator(args.max_seq_len, args.micro_batch_size)
@@ -404,7 +417,7 @@ def trainer_args(args, config, resumed, fingerprint: str):
     logs, log_dir = (loggers.JsonlLogger, loggers.TensorBoardLogger), dict(log_dir=args.log_dir)
     train_args = interface.TrainerArgs(
         compute_config=interface.ComputeConfig(plan_ngpus=1, runtime_ngpus=world_size()),
-        model=interface.ModelConfig(model.Llama, llama),
+        model=interface.ModelConfig(model.Llama, model_arguments(args)),
         optimizer=interface.OptimizerConfig(torch.optim.AdamW, adamw, clip_gnorm=args.clip_gnorm),
         lr_scheduler=interface.LRSchedulerConfig(*lr_lambda),
         dataset=interface.DatasetConfig(data.open_split, train_set, val_set),
@@ -425,6 +438,11 @@ def trainer_args(args, config, resumed, fingerprint: str):
     )
     about["config"]["global_batch_size"] = train_args.global_batch_size
     return train_args
+
+
+def model_arguments(args) -> dict:
+    """The arguments of llama3.model.Llama."""
+    return chosen(args, "model_id", "from_scratch", "num_hidden_layers", "seed")
 
 
 def split_arguments(args, vocab_size: int) -> tuple[dict, dict]:
@@ -448,26 +466,38 @@ def batch_sizes(args, resumed: dict | None) -> dict:
     return {"grad_accumulation_steps": args.grad_accumulation_steps}
 
 
-def engine_options(args, engine_name: str):
-    """What --recompute, --compile and the like mean on this engine and device."""
+def engine_options(args, engine_name: str, plan):
+    """What the plan, --compile and the like mean on this engine and device. Without a plan, the flags say."""
     import torch
 
     from trainer.args import NativeOptions
 
-    if world_size() % args.dp_replicate:
-        fix = "give a number that divides the ranks"
-        raise ValueError(f"--dp_replicate {args.dp_replicate} does not divide {world_size()} ranks: {fix}")
+    check_replicas(args, world_size())
     on_cuda = torch.cuda.device_count() > 0
     native = on_cuda and engine_name == "native"  # nnScaler neither compiles nor saves in the background
     on = {"auto": native, "on": True, "off": False}
     demo = args.demo and args.mode == "train" and engine_name == "native"
     compiled = can_compile() if demo and args.compile == "auto" and not on_cuda else on[args.compile]
-    recompute = int(args.recompute) if args.recompute.isdecimal() else args.recompute
-    if recompute == "auto":  # nnScaler's 'dp' cannot recompute
+    recompute = recompute_mode(args)
+    if recompute == "auto":  # without a plan; nnScaler's 'dp' cannot recompute
         recompute = "full" if native or (on_cuda and args.pas_policy == "autodist") else "none"
     options = dict(recompute=recompute, compile=compiled, async_save=on[args.async_save])
-    options |= chosen(args, "deterministic", "max_skipped_steps", "dp_replicate", "timeout_seconds")
+    options |= chosen(args, "deterministic", "max_skipped_steps", "timeout_seconds")
+    options |= dict(dp_replicate=args.dp_replicate or 1, reshard_after_forward=on_cuda or world_size() > 1)
+    if plan:
+        names = "recompute", "dp_replicate", "reshard_after_forward", "predicted_peak_gib"
+        options |= {name: getattr(plan, name) for name in names}
     return NativeOptions(validate_first=args.demo, **options)
+
+
+def recompute_mode(args) -> str | int:
+    return int(args.recompute) if args.recompute.isdecimal() else args.recompute
+
+
+def check_replicas(args, ranks: int) -> None:
+    if ranks % (args.dp_replicate or 1):
+        fix = "give a number that divides the ranks"
+        raise ValueError(f"--dp_replicate {args.dp_replicate} does not divide {ranks} ranks: {fix}")
 
 
 def can_compile() -> bool:
@@ -500,6 +530,112 @@ def draw_curves(log_dir: str) -> None:
         from tools import curves
 
         logger.info("curves: %s", curves.draw(Path(log_dir)))
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan(args) -> None:
+    """Prints the plans for devices that need not be here, and what else would fit; fails if none fits."""
+    from trainer import devices, planner
+
+    kind, device = args.device_type, devices.parse_device(args.device_type)
+    if (ranks := args.world_size or planner.NODE_DEVICES) > planner.MOST_DEVICES:
+        raise ValueError(f"--world_size {ranks}: give at most {planner.MOST_DEVICES} devices")
+    run = planner_run(args, device, ranks, planner.NODE_DEVICES, kind == "cpu", {})
+    plans = planner.search(run)
+    if args.output_path:
+        Path(args.output_path).write_text(json.dumps(planner.as_json(plans), indent=1))
+    size = f"{run.global_batch_size} x {args.max_seq_len} tokens a step"
+    print(f"{args.model_id}, {size}, on {ranks} x {kind} with {run.limit_gib:.1f} GiB for tensors")
+    print(planner.table(run, plans, args.max_train_steps))
+    if not plans[0].fits:
+        raise TrainingFailed(f"no plan fits: use {planner.what_would_fit(run)}")
+    print(f"the longest sequence that fits: {planner.longest_sequence(run)} tokens")
+    print(f"the fewest devices that fit: {planner.fewest_devices(run)}")
+
+
+def planned(args, state: dict):
+    """The flags with what the plan for the devices at hand says, and the plan, None if there is none.
+
+    Raises ValueError if the model cannot fit.
+    """
+    from trainer import devices, measure, parallel, planner
+
+    device, node_ranks = parallel.pick_device(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    kind, on_cpu = devices.at_hand(device, node_ranks), device.type == "cpu"
+    run = planner_run(args, kind, world_size(), node_ranks, on_cpu, state)
+    planner.check_state(run, args.model_id)
+    if args.pas_policy != "autodist":
+        return args, None
+    try:
+        # A CPU's run starts at once: it plans with what --plan measured before.
+        best = planner.choose(run, measure_now=not on_cpu)
+    except measure.NotMeasured:
+        how = f"python train.py --plan --device_type=cpu --world_size={world_size()}"
+        logger.info("plan: as the flags say; %s and these flags would predict its memory", how)
+        return args, None
+    for line in planner.explain(run, best):
+        logger.info("plan: %s", line)
+    if not best.fits:
+        planner.refuse(run, best)
+    sizes = dict(micro_batch_size=best.micro_batch_size, global_batch_size=run.global_batch_size)
+    return argparse.Namespace(**vars(args) | sizes), best
+
+
+def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: dict):
+    """What the planner must know of a run on these devices. A flag that is given pins what it names."""
+    from trainer import measure, planner
+
+    check_replicas(args, ranks)
+    sizes, micro = batch_sizes(args, state), args.micro_batch_size
+    total, _ = derive_batch_sizes(micro, ranks, *map(sizes.get, ("global_batch_size", ACCUMULATION)))
+    free = (
+        micro == FLAGS["micro_batch_size"][0] and not {"micro_batch_size", ACCUMULATION} & args.given.keys()
+    )
+    pinned = dict(recompute=recompute_mode(args), dp_replicate=args.dp_replicate)
+    pinned |= dict(micro_batch_size=None if free else micro)
+    if on_cpu:  # where these save no time, and one rank has nothing to gather
+        pinned |= dict(micro_batch_size=micro, dp_replicate=args.dp_replicate or 1)
+        pinned |= dict(reshard_after_forward=False) if ranks == 1 else {}
+    model = dict(key=model_key(args), tokens=args.max_seq_len, precision=args.precision)
+    model |= dict(make=functools.partial(make_llama, model_arguments(args)))
+    model |= dict(batch=functools.partial(empty_batch, args.max_seq_len))
+    return planner.Run(
+        model=measure.Model(**model),
+        device=device,
+        limit_gib=args.mem_constraint or (device.memory_gib if on_cpu else planner.usable_gib(device)),
+        ranks=ranks,
+        node_ranks=min(ranks, node_ranks),
+        global_batch_size=total,
+        micro_batch_size=micro,
+        pinned={name: value for name, value in pinned.items() if value not in (None, "auto")},
+        compiled=args.compile == "on" or (args.compile == "auto" and not on_cpu),
+    )
+
+
+def make_llama(arguments: dict, num_layers: int | None):
+    from llama3.model import Llama
+
+    return Llama(**arguments | ({"num_hidden_layers": num_layers} if num_layers else {}))
+
+
+def empty_batch(length: int, rows: int) -> dict:
+    from llama3.data import Collator
+
+    return Collator(length, rows)([dict(input_ids=[0] * length, document_starts=[0])] * rows)
+
+
+def model_key(args) -> str:
+    """Tells apart what a measurement depends on: the model, our code, and the libraries."""
+    from importlib.metadata import version
+
+    config, here = Path(args.model_id, "config.json"), Path(__file__).parent
+    files = sorted([*here.glob("llama3/*.py"), *here.glob("trainer/*.py")])
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    model = config.read_text() if config.is_file() else ""
+    arguments = {name: value for name, value in model_arguments(args).items() if name != "seed"}
+    return json.dumps([model, arguments, code.hexdigest(), version("torch"), version("transformers")])
 
 
 # ---------------------------------------------------------------- after training
@@ -599,6 +735,7 @@ MODES = {
     "export_hf": (export, dict(nargs="?", const="", type=path, metavar="PATH"), "a Hugging Face folder"),
     "evaluate": (evaluate, SWITCH, "validation loss of the model, or of --resume_from"),
     "generate": (generate, dict(metavar="PROMPT"), "a sample from the model, or from --resume_from"),
+    "plan": (plan, SWITCH, "memory and speed of the possible plans; needs no GPU, weights or network"),
     "verify_resume": (verify_resume, SWITCH, "train, kill, resume, and compare bit for bit"),
 }
 
@@ -643,7 +780,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
-            fix = "use --recompute=full, a smaller --micro_batch_size or --max_seq_len, or more GPUs"
+            lower = "a lower --mem_constraint, --micro_batch_size or --max_seq_len"
+            fix = f"use --recompute=full, {lower}, or more GPUs"
             rank, what = os.environ.get("RANK", 0), str(error).split(". ")[0]
             return complain(f"rank {rank} has too little GPU memory ({what}): {fix}", 1)
         traceback.print_exc()

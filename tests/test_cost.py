@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llama3.data import Collator
 from llama3.model import Llama
 from trainer import parallel, ranks, setup
-from trainer.args import OptimizerConfig
+from trainer.args import NativeOptions, OptimizerConfig
 from trainer.trainer import Trainer
 
 ROWS, T, VOCABULARY, LAYERS, HIDDEN, INNER, HEADS, KV_HEADS = 2, 256, 4096, 3, 64, 128, 4, 2
@@ -35,7 +35,10 @@ def one_step(model_id, counter, recompute="none"):
     with ranks.process_group():
         trainer = object.__new__(Trainer)  # without a run's data and folders
         trainer.model, trainer.device, trainer.world_size = Llama(str(model_id)), torch.device("cpu"), 1
-        parallel.parallelize(trainer.model, trainer.device, "bf16", recompute, False)
+        trainer.options = NativeOptions(reshard_after_forward=False)
+        parallel.parallelize(
+            trainer.model, trainer.device, "bf16", recompute, False, reshard_after_forward=False
+        )
         trainer.names = setup.fill_weights(trainer.model)
         trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
         trainer.args = type("Args", (), {"optimizer": OptimizerConfig(torch.optim.AdamW, clip_gnorm=1.0)})

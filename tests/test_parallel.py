@@ -34,14 +34,14 @@ def batches():
         yield Collator(T, 2)(rows)
 
 
-def trained(model_id, recompute="none", compile_layers=False, change=lambda model: None):
+def trained(model_id, recompute="none", compile_layers=False, change=lambda model: None, reshard=True):
     """Losses and the gradients' sums of each batch, and the graphs so far, of the model after plain SGD."""
     torch._dynamo.reset()
     counters.clear()
     found, graphs = [], []
     with ranks.process_group():
         model = Llama(str(model_id))
-        parallel.parallelize(model, CPU, "fp32", recompute, compile_layers)
+        parallel.parallelize(model, CPU, "fp32", recompute, compile_layers, reshard_after_forward=reshard)
         setup.fill_weights(model)
         change(model)
         for batch in batches():
@@ -66,6 +66,11 @@ def plain(deep):
 @pytest.mark.parametrize("recompute", [1, "selective", "full"])
 def test_recompute_changes_no_bit(deep, plain, recompute):
     assert trained(deep, recompute)[0] == plain
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_layers_that_stay_gathered_change_no_bit(deep, plain, recompute):
+    assert trained(deep, recompute, reshard=False)[0] == plain
 
 
 @pytest.mark.parametrize("recompute, graphs", [("none", 1), (2, 2), ("selective", 1), ("full", 1)])

@@ -130,6 +130,8 @@ class NativeOptions:
     save may take; then the run ends.
     run_id: what the checkpoints and metrics of this run are known by.
     dp_replicate: replicas of the model; its shards lie over the ranks inside a replica.
+    reshard_after_forward: free a layer's gathered weights after its forward, or only when a step is over.
+    predicted_peak_gib: of a rank's tensors; compared with the measured peak in the end.
     """
 
     recompute: str | int = "none"
@@ -141,6 +143,8 @@ class NativeOptions:
     timeout_seconds: int = 600
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     dp_replicate: int = 1
+    reshard_after_forward: bool = True
+    predicted_peak_gib: float | None = None
 
 
 @dataclass
@@ -172,37 +176,41 @@ class TrainerArgs:
     seed: int = 0
 
     def __post_init__(self):
-        problems = self._derive_batch_sizes()
+        problems, micro = [], self.micro_batch_size
+        try:
+            sizes = self.global_batch_size, self.grad_accumulation_steps
+            sizes = derive_batch_sizes(micro, self.scaling_factor, *sizes)
+            self.global_batch_size, self.grad_accumulation_steps = sizes
+        except ValueError as error:
+            problems.append(str(error))
         for name, choices in (("precision", PRECISIONS), ("pas_policy", PAS_POLICIES)):
             if getattr(self, name) not in choices:
                 problems.append(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if problems:
             raise ValueError("\n".join(problems))
 
-    def _derive_batch_sizes(self) -> list[str]:
-        ranks = self.scaling_factor
-        samples = self.micro_batch_size * ranks  # in one forward of every data-parallel rank
-        given = f"micro_batch_size {self.micro_batch_size} x {ranks} data-parallel ranks"
-        total = self.global_batch_size
-        if not total:
-            self.grad_accumulation_steps = self.grad_accumulation_steps or 1
-            self.global_batch_size = samples * self.grad_accumulation_steps
-        elif total % samples:
-            fit = [n for n in range(1, total // ranks + 1) if total % (n * ranks) == 0]
-            near = sorted(sorted(fit, key=lambda n: abs(n - self.micro_batch_size))[:2])
-            above = samples * (total // samples + 1)
-            more = f"a number of ranks that divides it, or global_batch_size {above}"
-            fix = f"micro_batch_size {' or '.join(map(str, near))}" if near else more
-            return [f"{given} does not divide global_batch_size {total}: use {fix}"]
-        elif not self.grad_accumulation_steps:
-            self.grad_accumulation_steps = total // samples
-        elif total != (product := samples * self.grad_accumulation_steps):
-            given += f" x grad_accumulation_steps {self.grad_accumulation_steps} = {product}"
-            fix = f"leave grad_accumulation_steps out, or give global_batch_size {product}"
-            return [f"{given} is not global_batch_size {total}: {fix}"]
-        return []
-
     @property
     def scaling_factor(self) -> int:
         """The data-parallel degree."""
         return self.compute_config.runtime_ngpus // self.compute_config.plan_ngpus
+
+
+def derive_batch_sizes(
+    micro: int, ranks: int, total: int | None, accumulation: int | None
+) -> tuple[int, int]:
+    """The global batch and the accumulation, where either may be missing; ValueError if they do not agree."""
+    samples = micro * ranks  # in one forward of every data-parallel rank
+    given = f"micro_batch_size {micro} x {ranks} data-parallel ranks"
+    accumulated = accumulation or (total // samples if total else 1)
+    if not total or total == samples * accumulated:
+        return samples * accumulated, accumulated
+    if total % samples:
+        fit = [n for n in range(1, total // ranks + 1) if total % (n * ranks) == 0]
+        near = sorted(sorted(fit, key=lambda n: abs(n - micro))[:2])
+        above = samples * (total // samples + 1)
+        more = f"a number of ranks that divides it, or global_batch_size {above}"
+        fix = f"micro_batch_size {' or '.join(map(str, near))}" if near else more
+        raise ValueError(f"{given} does not divide global_batch_size {total}: use {fix}")
+    given += f" x grad_accumulation_steps {accumulation} = {samples * accumulation}"
+    fix = f"leave grad_accumulation_steps out, or give global_batch_size {samples * accumulation}"
+    raise ValueError(f"{given} is not global_batch_size {total}: {fix}")

@@ -1,5 +1,6 @@
 """What each kind of device can do: one table for the planner and for MFU."""
 
+import os
 import re
 from typing import NamedTuple
 
@@ -60,3 +61,15 @@ def of(device: torch.device) -> Device | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((DEVICES[kind] for pattern, kind in CUDA_NAMES.items() if re.search(pattern, name)), None)
+
+
+def at_hand(device: torch.device, node_ranks: int) -> Device:
+    """This rank's device with its own memory; a CPU's is shared by the node's ranks.
+
+    What the table lacks counts as an A100: a plan compares rates, and its memory is right.
+    """
+    if device.type == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return DEVICES["cpu"]._replace(memory_gib=pages / 2**30 / node_ranks)
+    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return (of(device) or DEVICES["a100-80g"])._replace(memory_gib=memory_gib)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
@@ -33,12 +34,14 @@ def parallelize(
     recompute: str | int,
     compile_layers: bool,
     dp_replicate: int = 1,
+    reshard_after_forward: bool = True,
 ) -> None:
     """Shards the model in place and allocates its shards. FSDP gathers around compile, which has recompute.
 
     precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
     recompute: 'none', 'selective', 'full', or how many layers recompute all their activations in backward.
     dp_replicate: how many groups of ranks hold a whole model each, sharded inside the group.
+    reshard_after_forward: free a module's gathered weights after its forward, and gather them for backward.
     """
     layer_class = getattr(model, "layer_class", ())
     layers = [module for module in model.modules() if layer_class and isinstance(module, layer_class)]
@@ -51,20 +54,20 @@ def parallelize(
         model.compile_loss(functools.partial(torch.compile, dynamic=True))
     # Consecutive ranks share a replica: they are the ones of a node.
     shape = (dp_replicate, dist.get_world_size() // dp_replicate)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+    with unset_fake_temporarily():  # the planner's tensors have no values, but a mesh needs its own
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     mesh = mesh if dp_replicate > 1 else mesh["dp_shard"]
     dtypes = dict(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     alone = getattr(model, "sharded_alone", [])
     for module in [*layers, *alone, model]:
-        # A single rank gathers nothing: it keeps the parameters in their computing precision.
-        reshard = None if mesh.size() > 1 else False
+        reshard = None if reshard_after_forward or module is model else False  # None: all but the root
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         if mesh.size() > 1:  # or FSDP would copy all gradients to divide them by 1
             # Gradients are plain sums: the trainer divides once, by the number of targets.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        if device.type == "cpu":
+        if dist.get_backend() == "gloo":
             module.set_custom_reduce_scatter(_GlooReduceScatter())
     for module in alone:
         module.set_unshard_in_backward(False)

@@ -41,7 +41,7 @@ def build_model(
 ) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
     """The sharded model, and the name of each parameter in checkpoints."""
     model = args.model.type(**args.model.args)
-    layout = (options.recompute, options.compile, options.dp_replicate)
+    layout = (options.recompute, options.compile, options.dp_replicate, options.reshard_after_forward)
     parallel.parallelize(model, device, args.precision, *layout)
     return model, ranks.together(fill_weights, model, resumed)
 

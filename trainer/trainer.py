@@ -89,6 +89,7 @@ class Trainer:
         if (wanted := args.compute_config.runtime_ngpus) != self.world_size:
             raise ValueError(f"compute_config.runtime_ngpus is {wanted}, but {self.world_size} ranks run")
         setup.seed_everything(args.seed, self.options.deterministic)
+        self.memory_before_gib = peak_memory_gib(self.device)
         data = args.dataset
         self.train_set = data.type(**data.train_args)
         self.val_set = data.type(**data.val_args) if data.val_args else None
@@ -194,6 +195,12 @@ class Trainer:
         self._finish()
 
     def _finish(self) -> None:
+        (measured,) = self._largest(peak_memory_gib(self.device) - self.memory_before_gib)
+        if predicted := self.options.predicted_peak_gib:
+            what = (
+                "peak memory of a rank" if self.device.type == "cuda" else "resident memory of a rank grew by"
+            )
+            logger.info("%s: %.2f GiB; the plan predicted %.2f for its tensors", what, measured, predicted)
         self.saver.wait()
         self._after_save()
         if self.rank == 0:
@@ -211,7 +218,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss_sum, targets, tokens = 0.0, 0, 0
         for batch in micro_batches:
-            if self.world_size == 1:  # the parameters do not change before the last one
+            if not self.options.reshard_after_forward:  # the weights change after the last one
                 self.model.set_reshard_after_backward(batch is micro_batches[-1])
             loss, detached, count = self.model(batch)
             loss.backward()  # FSDP sums the gradients over the ranks

@@ -106,9 +106,9 @@ def make_text(path: Path, documents: int, seed: int = 0) -> Path:
     return path
 
 
-def prepare(model: Path, text: Path, validation_fraction: float) -> Path:
+def prepare(model: Path, text: Path, validation_fraction: float, max_seq_len: int = 32) -> Path:
     """What train.py itself prepares from the text, beside it."""
-    source = [f"--model_id={model}", f"--dataset_id={text}", "--max_seq_len=32"]
+    source = [f"--model_id={model}", f"--dataset_id={text}", f"--max_seq_len={max_seq_len}"]
     split, folder = f"--validation_fraction={validation_fraction}", text.with_suffix(".prepared")
     python("train.py", "--prepare_data", *source, split, f"--dataset_path={folder}")
     return folder

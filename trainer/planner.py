@@ -1,0 +1,339 @@
+"""Predicts memory and speed of each way to lay a run out, and chooses one: what 'autodist' means.
+
+Memory follows from what `measure` finds at two sizes of a micro-batch; speed is arithmetic. Sizes are in
+bytes unless a name says otherwise.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from trainer import measure
+from trainer.devices import DEVICES, Device
+
+GIB = 2**30
+MODES = ("none", "selective", "full")
+# What a compiled layer keeps for backward, beside an eager one: 0.71 to 0.72 and 0.91 to 0.94 at four widths.
+# tests/test_planner.py counts it again.
+COMPILED_KEEPS = dict(zip(MODES, (0.72, 0.94, 1.0), strict=True))
+# Shares of the device's rate that matrix products and attention reach within a whole step.
+PRODUCTS, ATTENTION = 0.55, 0.35
+# How often what a layer keeps passes through the device's memory in forward, and in backward.
+PASSES = {"eager": (5, 7), "compiled": (2, 3)}
+STATE_PASSES = 2.5  # norm, clipping and AdamW read the whole state, and write most of it
+NODE_GBPS = 50.0  # what a device sends to other nodes: each has a network adapter of 400 Gbit/s
+CONTEXT_GIB, USABLE = 1.5, 0.95  # CUDA's and nccl's own memory; what fragmentation leaves of the rest
+NODE_DEVICES, MOST_DEVICES, LONGEST = 8, 1024, 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is to be laid out. `pinned` holds the fields of a Plan that are given."""
+
+    model: measure.Model
+    device: Device
+    limit_gib: float  # of what tensors may take of a device
+    ranks: int
+    node_ranks: int  # those that share a node
+    global_batch_size: int
+    micro_batch_size: int  # the smallest
+    pinned: dict
+    compiled: bool
+
+    @property
+    def layers(self) -> int:
+        return measure.facts(self.model)["layers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A candidate. Its peak is that of the rank with the most; tokens per second are the whole cluster's."""
+
+    dp_shard: int
+    dp_replicate: int = 1
+    recompute: str | int = "full"
+    micro_batch_size: int = 1
+    grad_accumulation_steps: int = 1
+    reshard_after_forward: bool = True
+    state_gib: float = 0.0  # weights, gradients, AdamW's moments
+    activations_gib: float = 0.0  # what the layers keep for backward
+    work_gib: float = 0.0  # all else at the peak: gathered weights, the loss, a layer at work
+    predicted_peak_gib: float = 0.0
+    predicted_tokens_per_second: float = 0.0
+    fits: bool = False
+    why: str = ""
+
+
+def usable_gib(device: Device) -> float:
+    """What tensors may take of a GPU's memory."""
+    return USABLE * device.memory_gib - CONTEXT_GIB
+
+
+def as_json(plans: list[Plan]) -> dict:
+    """What --output_path writes of `search`'s result."""
+    rows = [asdict(plan) for plan in plans]
+    return {"chosen": rows[0] if rows[0]["fits"] else None, "candidates": rows}
+
+
+# ---------------------------------------------------------------- choose
+
+
+def search(run: Run) -> list[Plan]:
+    """All candidates with their predictions: the chosen one in front, then those that fit, the fastest first.
+
+    Of the plans within a hundredth of the fastest, the one with the least recompute is chosen, then the one
+    with the least memory.
+    """
+    plans = [plan for layout in _layouts(run) for plan in _recomputes(run, layout)]
+    speed = max((plan.predicted_tokens_per_second for plan in plans if plan.fits), default=0.0)
+    fast = [plan for plan in plans if plan.fits and plan.predicted_tokens_per_second >= 0.99 * speed]
+    best = min(fast, key=lambda plan: (_again(run, plan), plan.predicted_peak_gib), default=None)
+
+    def order(plan: Plan) -> tuple:
+        return (
+            plan is not best,
+            not plan.fits,
+            plan.fits or plan.predicted_peak_gib,
+            -plan.predicted_tokens_per_second,
+        )
+
+    return [replace(plan, why=_why(plan, best, run.limit_gib)) for plan in sorted(plans, key=order)]
+
+
+def choose(run: Run, measure_now: bool = True) -> Plan:
+    """The best plan; if none fits, the smallest. Raises NotMeasured if it may not measure what it needs."""
+    run = replace(run, model=replace(run.model, now=measure_now))
+    if "reshard_after_forward" in run.pinned and "recompute" not in run.pinned:
+        # Only recompute is free, and none is the fastest: if it fits, the others need no measurement.
+        if (plan := search(replace(run, pinned=run.pinned | {"recompute": "none"}))[0]).fits:
+            return plan
+    return search(run)[0]
+
+
+def check_state(run: Run, name: str) -> None:
+    """Raises ValueError if weights, gradients and optimizer alone exceed a device."""
+    shards = run.ranks // run.pinned.get("dp_replicate", 1)
+    needed, has = state(run, shards) / GIB, run.device.memory_gib
+    if needed > has:
+        what = f"{name}: weights, gradients and AdamW take {needed:.1f} GiB on each of {run.ranks} devices"
+        raise ValueError(f"{what}, which have {has:.1f}: use {what_would_fit(run)}")
+
+
+def refuse(run: Run, plan: Plan) -> None:
+    """Raises ValueError, as the plan with the least memory does not fit."""
+    needed = f"the smallest plan needs {plan.predicted_peak_gib:.1f} GiB of {run.limit_gib:.1f}"
+    raise ValueError(f"{needed} (--mem_constraint): use {what_would_fit(run)}")
+
+
+def _why(plan: Plan, best: Plan | None, limit_gib: float) -> str:
+    if not plan.fits:
+        return f"needs {plan.predicted_peak_gib:.1f} of {limit_gib:.1f} GiB"
+    if plan is best:
+        return "the fastest that fits"
+    slower = 1 - plan.predicted_tokens_per_second / best.predicted_tokens_per_second
+    if slower >= 0.01:
+        return f"{slower:.0%} slower"
+    more = plan.predicted_peak_gib - best.predicted_peak_gib
+    return f"as fast with {more:.1f} GiB more" if more > 0 else "as fast with more recompute"
+
+
+def _layouts(run: Run) -> Iterator[Plan]:
+    """Every layout, without its recompute. All have the same global batch."""
+    rows, given = run.global_batch_size // run.ranks, run.pinned
+    by_node = [run.ranks // run.node_ranks] if run.ranks % run.node_ranks == 0 else []
+    sizes = [run.micro_batch_size * 2**n for n in range(12)]
+    for replicas in (
+        [given["dp_replicate"]] if "dp_replicate" in given else sorted({1, *by_node} - {run.ranks} | {1})
+    ):
+        for size in [given["micro_batch_size"]] if "micro_batch_size" in given else sizes:
+            for reshard in (
+                [given["reshard_after_forward"]] if "reshard_after_forward" in given else (True, False)
+            ):
+                if rows % size == 0:
+                    shape = dict(
+                        dp_shard=run.ranks // replicas, dp_replicate=replicas, reshard_after_forward=reshard
+                    )
+                    yield Plan(**shape, micro_batch_size=size, grad_accumulation_steps=rows // size)
+
+
+def _recomputes(run: Run, layout: Plan) -> list[Plan]:
+    """The layout with each recompute: none, the fewest layers that make it fit, selective, full."""
+    if "recompute" in run.pinned:
+        return [predict(run, replace(layout, recompute=run.pinned["recompute"]))]
+    none, selective, full = (predict(run, replace(layout, recompute=mode)) for mode in MODES)
+    counts = range(1, run.layers) if full.fits and not none.fits else ()
+    some = (predict(run, replace(layout, recompute=count)) for count in counts)
+    return [none, *[plan for plan in some if plan.fits][:1], selective, full]
+
+
+def longest_sequence(run: Run) -> int:
+    """The most tokens in a row, in steps of 1,024, that fit with one row in a micro-batch."""
+    fitting, beyond = 0, LONGEST // 1024 + 1
+    while beyond - fitting > 1:  # the memory grows with the row
+        middle = (fitting + beyond) // 2
+        fitting, beyond = (middle, beyond) if _fits(run, run.ranks, middle * 1024) else (fitting, middle)
+    return fitting * 1024
+
+
+def fewest_devices(run: Run) -> int | None:
+    """The fewest devices that fit with one row in a micro-batch, up to the most that we plan for."""
+    return next((n for n in range(1, MOST_DEVICES + 1) if _fits(run, n, run.model.tokens)), None)
+
+
+def _fits(run: Run, ranks: int, tokens: int) -> bool:
+    """Does the smallest plan fit, with so many tokens in a micro-batch?"""
+    shards = ranks // run.pinned.get("dp_replicate", 1) or 1
+    plan = Plan(dp_shard=shards, recompute=run.pinned.get("recompute", "full"))
+    return sum(memory(run, plan, tokens)) <= run.limit_gib * GIB
+
+
+# ---------------------------------------------------------------- predict
+
+
+def predict(run: Run, plan: Plan) -> Plan:
+    """The plan with its memory, its speed, and whether it fits."""
+    state_gib, activations_gib, work_gib = (part / GIB for part in memory(run, plan))
+    peak_gib = state_gib + activations_gib + work_gib
+    return replace(
+        plan,
+        **dict(state_gib=state_gib, activations_gib=activations_gib, work_gib=work_gib),
+        predicted_peak_gib=peak_gib,
+        predicted_tokens_per_second=run.global_batch_size * run.model.tokens / step_seconds(run, plan),
+        fits=peak_gib <= run.limit_gib,
+    )
+
+
+def memory(run: Run, plan: Plan, tokens: int | None = None) -> tuple[float, float, float]:
+    """A rank's state, activations and work; tokens: in a micro-batch, if not the plan's."""
+    layers, tokens = run.layers, tokens or plan.micro_batch_size * run.model.tokens
+    counts = {"none": 0, "selective": 0, "full": layers}
+    full = min(layers, counts.get(plan.recompute, plan.recompute))
+    mode = "selective" if plan.recompute == "selective" else "none"
+    kept = (layers - full) * _kept(run, mode, tokens) if full < layers else 0.0
+    activations = kept + (full * _kept(run, "full", tokens) if full else 0.0)
+    # The peak is at the loss, or in backward: of the last layer that does not recompute, when all is still
+    # kept, or of the last that does, when what the others kept is free again.
+    works = [_work(run, mode, tokens)] if full < layers else []
+    works += [_work(run, "full", tokens) - kept] if full else []
+    gathered = 0 if plan.reshard_after_forward else (layers - 1) * _gathered(run, "layer")
+    return state(run, plan.dp_shard), activations, max(works) + gathered
+
+
+def state(run: Run, shards: int) -> float:
+    """Weights, gradients and two moments in fp32 of what trains. A shard has whole rows."""
+    found = measure.facts(run.model)
+    sizes = dict.fromkeys(("layer", "others"), 0.0)
+    for group in sizes:
+        for rows, elements, width, trained in found[group]:
+            sizes[group] += math.ceil(rows / shards) * elements / rows * (16 if trained else width)
+    return run.layers * sizes["layer"] + sizes["others"]
+
+
+def _gathered(run: Run, group: str) -> int:
+    """A layer's weights, or the others, as computation needs them."""
+    width = 2 if run.model.precision == "bf16" else 4
+    return width * sum(elements for _, elements, _, _ in measure.facts(run.model)[group])
+
+
+def _kept(run: Run, mode: str, tokens: int) -> float:
+    """What a layer keeps for backward."""
+    return _at(run, mode, tokens, "layer") * (COMPILED_KEEPS[mode] if run.compiled else 1.0)
+
+
+def _work(run: Run, mode: str, tokens: int) -> float:
+    """All at the peak that is neither state nor what the layers keep."""
+    backward = _at(run, mode, tokens, "backward")
+    if mode == "full" and run.compiled:  # a layer's activations are there again
+        backward -= (1.0 - COMPILED_KEEPS["none"]) * _at(run, "none", tokens, "layer")
+    return max(_at(run, mode, tokens, "forward"), _at(run, mode, tokens, "end"), backward)
+
+
+def _at(run: Run, mode: str, tokens: int, part: str) -> float:
+    """A part at a number of tokens: on the line through the smallest micro-batch, and twice that."""
+    rows, ranks = run.micro_batch_size, min(run.ranks, run.node_ranks)  # more ranks change only the state
+    first, here = rows * run.model.tokens, measure.point(run.model, mode, rows, ranks)[part]
+    if tokens == first:
+        return here
+    slope = (measure.point(run.model, mode, 2 * rows, ranks)[part] - here) / first
+    return max(0.0, here + slope * (tokens - first))
+
+
+def _again(run: Run, plan: Plan) -> float:
+    """The share of the layers' forward that recompute repeats; a little for selective."""
+    shares = {"none": 0.0, "selective": 0.01, "full": 1.0}
+    return shares[plan.recompute] if plan.recompute in shares else min(1.0, plan.recompute / run.layers)
+
+
+def step_seconds(run: Run, plan: Plan) -> float:
+    """Accumulated micro-batches, then the optimizer. Collectives run beside the computation."""
+    computing, sending = _computing_seconds(run, plan), _sending_seconds(run, plan)
+    micro_batch = max(computing, sending) + sending / run.layers  # nothing hides the first layer's
+    updating = STATE_PASSES * state(run, plan.dp_shard) / (run.device.memory_gbps * 1e9)
+    return plan.grad_accumulation_steps * micro_batch + updating
+
+
+def _computing_seconds(run: Run, plan: Plan) -> float:
+    """Matrix products, attention, and all that only moves data, in a micro-batch."""
+    tokens, flops, rate = plan.micro_batch_size * run.model.tokens, measure.facts(run.model)["flops"], 1e12
+    selective = plan.recompute == "selective"
+    again = 0.0 if selective else _again(run, plan)
+    products = flops["layers"] * (1 + again / 3) + flops["head"]
+    # The causal mask needs half of PaLM's attention, whose backward is 2.5 times forward, not twice.
+    attention = flops["attention"] / 2 * (1 + again + 2.5) / 3
+    forward, backward = PASSES["compiled" if run.compiled else "eager"]
+    passes = forward * (2 if selective else 1 + again) + backward
+    moved = passes * run.layers * _kept(run, "none", tokens)
+    rate *= run.device.tflops
+    return tokens * (products / PRODUCTS + attention / ATTENTION) / rate + moved / (
+        run.device.memory_gbps * 1e9
+    )
+
+
+def _sending_seconds(run: Run, plan: Plan) -> float:
+    """Weights are gathered for forward and backward, gradients reduced in fp32, in a micro-batch."""
+    layer, others = run.layers * _gathered(run, "layer"), _gathered(run, "others")
+    gradients = (layer + others) * (2 if run.model.precision == "bf16" else 1)
+    link, network = run.device.link_gbps * 1e9, min(run.device.link_gbps, NODE_GBPS) * 1e9
+    shards, replicas = plan.dp_shard, plan.dp_replicate
+    gathers = 2 if plan.reshard_after_forward else 1 / plan.grad_accumulation_steps
+    sent = (gathers * layer + others + gradients) * (shards - 1) / shards
+    between = 2 * gradients / shards * (replicas - 1) / replicas
+    return sent / (link if shards <= run.node_ranks else network) + between / network
+
+
+# ---------------------------------------------------------------- explain
+
+
+def table(run: Run, plans: list[Plan], steps: int, shown: int = 8) -> str:
+    """The first plans, a line each; hours are those of so many steps."""
+    lines = ["shards  recompute     batch  reshard  state  layers  rest   GiB  tokens/s  hours"]
+    for p in plans[:shown]:
+        shards, batch = f"{p.dp_shard}x{p.dp_replicate}", f"{p.micro_batch_size}x{p.grad_accumulation_steps}"
+        hours = steps * run.global_batch_size * run.model.tokens / p.predicted_tokens_per_second / 3600
+        layout = f"{shards:>6} {p.recompute!s:>10} {batch:>9} {'yes' if p.reshard_after_forward else 'no':>8}"
+        parts = f"{p.state_gib:6.1f} {p.activations_gib:7.1f} {p.work_gib:5.1f} {p.predicted_peak_gib:5.1f}"
+        lines.append(f"{layout} {parts} {p.predicted_tokens_per_second:9.0f} {hours:6.1f}  {p.why}")
+    return "\n".join([*lines, "shards x replicas, micro-batch x accumulation; GiB of a rank at its peak"])
+
+
+def explain(run: Run, plan: Plan) -> tuple[str, str]:
+    """The plan in two lines: what it is, and what it takes."""
+    batch = f"micro-batch {plan.micro_batch_size} x {plan.grad_accumulation_steps} accumulated"
+    shape = f"{plan.dp_shard} shards x {plan.dp_replicate} replicas, {batch}"
+    reshard = "" if plan.reshard_after_forward else ", weights gathered once"
+    parts = f"state {plan.state_gib:.2f}, layers {plan.activations_gib:.2f}, rest {plan.work_gib:.2f}"
+    peak = f"predicted peak {plan.predicted_peak_gib:.2f} of {run.limit_gib:.2f} GiB ({parts})"
+    speed = (
+        f", {plan.predicted_tokens_per_second:.0f} tokens/s"
+        if run.device.tflops > DEVICES["cpu"].tflops
+        else ""
+    )
+    return f"recompute {plan.recompute}, {shape}{reshard} ({plan.why})", peak + speed
+
+
+def what_would_fit(run: Run) -> str:
+    """The fix where nothing fits, with numbers."""
+    fewest, longest = fewest_devices(run), longest_sequence(run)
+    fixes = [f"{fewest} such devices"] if fewest and fewest > run.ranks else []
+    fixes += [f"--max_seq_len={longest}"] if 0 < longest < run.model.tokens else []
+    return ", ".join([*fixes, "fewer layers (--num_hidden_layers)", "adapters only (--lora_rank)"])
