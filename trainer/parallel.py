@@ -41,7 +41,7 @@ def parallelize(
     precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
     recompute: 'none', 'selective', 'full', or how many layers recompute all their activations in backward.
     dp_replicate: how many groups of ranks hold a whole model each, sharded inside the group.
-    reshard_after_forward: free a module's gathered weights after its forward, and gather them for backward.
+    reshard_after_forward: free a layer's gathered weights after its forward, and gather them for backward.
     """
     layer_class = getattr(model, "layer_class", ())
     layers = [module for module in model.modules() if layer_class and isinstance(module, layer_class)]
@@ -61,7 +61,7 @@ def parallelize(
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     alone = getattr(model, "sharded_alone", [])
     for module in [*layers, *alone, model]:
-        reshard = None if reshard_after_forward or module is model else False  # None: all but the root
+        reshard = None if reshard_after_forward or module not in layers else False  # None: all but the root
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         if mesh.size() > 1:  # or FSDP would copy all gradients to divide them by 1
             # Gradients are plain sums: the trainer divides once, by the number of targets.
