@@ -35,7 +35,8 @@ def parallelize(
 ) -> None:
     """Shards the model in place and allocates its shards. FSDP gathers around compile, which has recompute.
 
-    precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
+    precision: of the computation, and of frozen parameters. Gradients are reduced, and master weights kept,
+    in fp32.
     recompute: 'none', 'selective', 'full', or how many layers recompute all their activations in backward.
     dp_replicate: how many groups of ranks hold a whole model each, sharded inside the group.
     """
@@ -53,6 +54,9 @@ def parallelize(
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     mesh = mesh if dp_replicate > 1 else mesh["dp_shard"]
     dtypes = dict(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(COMPUTE_DTYPES[precision] or torch.float32)
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     alone = getattr(model, "sharded_alone", [])
     for module in [*layers, *alone, model]:
