@@ -24,9 +24,9 @@ class LoraLinear(peft.tuners.lora.Linear):
 
     def forward(self, x):
         A, B = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        out = self.base_layer(x)  # (..., out)
-        inner = F.linear(x, A) * self.scaling[ADAPTER]  # (..., r)
-        return out.flatten(0, -2).addmm_(inner.flatten(0, -2), B.T).view(out.shape)
+        rows = x.flatten(0, -2)  # of a matrix, as autograd copies the gradient of a view that is written to
+        inner = F.linear(rows, A) * self.scaling[ADAPTER]  # (rows, r)
+        return self.base_layer(rows).addmm_(inner, B.T).view(*x.shape[:-1], -1)
 
 
 def lora_config(lora_rank: int, lora_alpha: int, lora_targets: str, **more) -> peft.LoraConfig:

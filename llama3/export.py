@@ -75,7 +75,8 @@ def _check_folder(folder: Path, weights: str) -> None:
         mark = safe_open(folder / weights, "pt").metadata()
     foreign = found - EXPORTED[weights] - {weights} if EXPORT_MARK.items() <= (mark or {}).items() else found
     if foreign:
-        what = f"{folder} holds something other than an exported {weights} ({', '.join(sorted(foreign)[:3])})"
+        kind = weights.split(".")[0].removesuffix("_model")
+        what = f"{folder} holds something other than an exported {kind} ({', '.join(sorted(foreign)[:3])})"
         raise ValueError(f"{what}: give another --output_path")
 
 
@@ -103,7 +104,7 @@ def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
 
 
 def generate_text(
-    folder: Path, tokenizer, prompt: str, max_new_tokens: int, seed: int, dtype: str, chat: bool
+    folder: Path, tokenizer, prompt: str, max_new_tokens: int, seed: int, dtype: str, chat=False
 ) -> str:
     """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9.
 

@@ -54,19 +54,27 @@ def parallelize(
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     mesh = mesh if dp_replicate > 1 else mesh["dp_shard"]
     dtypes = dict(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(COMPUTE_DTYPES[precision] or torch.float32)
+    # Where a rank holds the whole model, it computes with frozen parameters themselves, not with copies.
+    ignored, whole = set(), shape[1] == 1
+    for parameter in [p for p in model.parameters() if not p.requires_grad]:
+        value = parameter.detach().to(COMPUTE_DTYPES[precision] or torch.float32)
+        value = nn.Parameter(_allocated(value, device) if whole else value, requires_grad=False)
+        torch.utils.swap_tensors(parameter, value)  # tied parameters stay tied
+        ignored |= {parameter} if whole else set()
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     alone = getattr(model, "sharded_alone", [])
     for module in [*layers, *alone, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
         # Gradients are plain sums: the trainer divides once, by the number of targets.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     for module in alone:
         module.set_unshard_in_backward(False)
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    model._apply(functools.partial(_allocated, device=device))
+
+
+def _allocated(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
 def _recomputing(forward: Callable, selective: bool) -> Callable:
