@@ -81,7 +81,7 @@ FLAGS = {
     "allow_changed_data": (False, bool, "resume on other data than the checkpoint's run had"),
     "save_dir": ("./checkpoints", path, "folder of the checkpoints"),
     "log_dir": ("./runs/llama3_demo", path, "folder of metrics.jsonl, TensorBoard events, curves.png"),
-    "output_path": (None, path, "where --merge_checkpoint, --export_hf or --plan (JSON) writes"),
+    "output_path": (None, path, "where --merge_checkpoint, an export, or --plan (JSON) writes"),
     "export_dtype": (None, ["bf16", "fp32"], "default: the training precision"),
     "max_new_tokens": (64, (int, 1), "length of --generate's sample"),
     "timeout_seconds": (600, (int, 1), "longest wait for a step; ten times that for what takes longer"),
@@ -91,6 +91,9 @@ FLAGS = {
     "pas_policy": ("autodist", ["autodist", "dp"], "autodist: the plan; dp: full sharding with these flags"),
     "mem_constraint": (None, (float, 0.1), "GiB of a device that the plan may use; default: nearly all"),
     "recompute": ("auto", str, "none, selective, full, or a number of layers; auto: the least that fits"),
+    "lora_rank": (None, (int, 1), "train a LoRA adapter of this rank (peft), the model itself stays frozen"),
+    "lora_alpha": (None, (int, 1), "the adapter is scaled by this over the rank; default: twice the rank"),
+    "lora_targets": ("all-linear", str, "layers with an adapter, such as q_proj,v_proj"),
     "dp_replicate": (None, (int, 1), "replicas of the model, each sharded; default: the plan's"),
     "compile": ("auto", ON_OFF, "torch.compile each layer; auto: on with CUDA, and in --demo"),
 }
@@ -107,6 +110,8 @@ NOT_RESUMED = set(
     "max_new_tokens export_dtype device_type mem_constraint".split()
 )
 ACCUMULATION = "grad_accumulation_steps"
+LORA = ("lora_rank", "lora_alpha", "lora_targets")
+WHOLE_FIX = "leave the LoRA flags out, or train an adapter of its weights (--export_hf, then --model_id)"
 PREPARED_WITH = {"dataset_id", "validation_fraction", "text_column"}  # what training cannot change
 # Of a model's configuration, what does not change what it computes.
 NOT_COMPARED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
@@ -184,6 +189,8 @@ def resolve(given: dict, saved: dict | None = None) -> argparse.Namespace:
         args.tokenizer_id = "llama3" if gated else args.model_id
     if args.dataset_path is None:
         args.dataset_path = default_dataset_path(args.dataset_id, args.max_seq_len)
+    if args.lora_rank and args.lora_alpha is None:
+        args.lora_alpha = 2 * args.lora_rank
     check_values(args)
     return args
 
@@ -238,6 +245,13 @@ def check_values(args) -> None:
     if args.recompute not in ("auto", "none", "selective", "full") and not args.recompute.isdecimal():
         known = "auto, none, selective, full, or a number of layers"
         problems.append(f"--recompute {args.recompute}: give {known}")
+    targets = {"all-linear"} if args.lora_targets == "all-linear" else presets.LORA_TARGETS
+    if unknown := ", ".join(sorted({*args.lora_targets.split(",")} - {*targets})):
+        known = ", ".join(presets.LORA_TARGETS)
+        problems.append(f"--lora_targets {unknown}: give all-linear, or some of {known}")
+    if args.lora_rank and args.from_scratch:
+        fix = "leave it out, or --from_scratch and --num_hidden_layers"
+        problems.append(f"--lora_rank {args.lora_rank} adapts a pretrained model, this one is fresh: {fix}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -300,7 +314,8 @@ def build_trainer(args):
     """
     from trainer import engine, ranks
 
-    name = ranks.together(engine.choose, args.engine) if args.mode == "train" else "native"
+    wanted = args.engine, bool(args.lora_rank)
+    name = ranks.together(engine.choose, *wanted) if args.mode == "train" else "native"
     resumed = engine.open_resumed(args.resume_from, args.save_dir, name)
     trainer, facts = ranks.together(prepare_trainer, args, name, resumed)
     ranks.compare(facts)
@@ -325,11 +340,12 @@ def prepare_trainer(args, engine_name: str, resumed):
     fingerprint, samples = check_data(args, config, state)
     if resumed:
         check_same_model(resumed.path, config, state)
+    check_adapter(args, resumed and resumed.path, state)
     say_what_has_no_effect(args, config, state)
     plan = None
     if (args.mode, engine_name) == ("train", "native"):
         args, plan = planned(args, state)
-    if not args.from_scratch and not resumed:
+    if not args.from_scratch and (args.lora_rank or not resumed):
         assets.weight_files(args.model_id)  # downloads them now, so that no rank waits for it later
     train_args = trainer_args(args, config, resumed, fingerprint)
     if args.mode == "train" and samples < (needed := train_args.global_batch_size):
@@ -382,6 +398,21 @@ def check_same_model(path: Path, config, state: dict) -> None:
             raise ValueError(f"{path} is of a model with {name} {saved}, not {mine[name]}: {fix}")
 
 
+def check_adapter(args, path: Path | None, state: dict) -> None:
+    """Raises ValueError if the flags make no adapter, or another one than the checkpoint's at the path."""
+    alone = [f"--{name}" for name in LORA if name in args.given and not args.lora_rank]
+    if alone:
+        raise ValueError(f"{alone[0]} without --lora_rank: give both, or neither")
+    config = state.get("config", {})
+    for name in LORA if path else ():
+        mine, saved = getattr(args, name), config.get(name, FLAGS[name][0])
+        if mine != saved and not config.get("lora_rank"):
+            raise ValueError(f"{path} is of a whole model, not of an adapter: {WHOLE_FIX}")
+        if mine != saved:
+            fix = f"leave --{name} out, or start afresh without --resume_from"
+            raise ValueError(f"{path} is of an adapter with --{name}={saved}, not {mine}: {fix}")
+
+
 def say_what_has_no_effect(args, config, state: dict) -> None:
     """Warns of flags that the model or the run's length leaves without their effect."""
     layers, limit = config.num_hidden_layers, config.max_position_embeddings
@@ -411,6 +442,7 @@ def trainer_args(args, config, resumed, fingerprint: str):
     collate = data.Collator(args.max_seq_len, args.micro_batch_size)
     # With these, resuming or exporting a checkpoint does not need this run's flags.
     about = dict(config=chosen(args, *FLAGS), model=config.to_dict(), data=fingerprint)
+    about["chat"] = data.holds_conversations(args.dataset_path)  # then --generate asks as a user does
     about["config"] |= dict(dataset_id=data.read_preparation(args.dataset_path)["dataset_id"])
     if args.val_every_n_train_steps and not val_set:
         logger.warning("WARNING: --val_every_n_train_steps, but %s has no validation set", args.dataset_path)
@@ -442,7 +474,13 @@ def trainer_args(args, config, resumed, fingerprint: str):
 
 def model_arguments(args) -> dict:
     """The arguments of llama3.model.Llama."""
-    return chosen(args, "model_id", "from_scratch", "num_hidden_layers", "seed")
+    llama = chosen(args, "model_id", "from_scratch", "num_hidden_layers", "seed")
+    return llama | dict(lora=lora(args))
+
+
+def lora(args) -> dict | None:
+    """The arguments of adapters.lora_config; None: the whole model is trained."""
+    return chosen(args, *LORA) if args.lora_rank else None
 
 
 def split_arguments(args, vocab_size: int) -> tuple[dict, dict]:
@@ -670,26 +708,70 @@ def export(args) -> None:
     )
 
 
-def export_checkpoint(args, path: Path, folder: Path, dtype: str | None):
-    """Writes a checkpoint, tensor by tensor, as a Hugging Face folder; returns its tokenizer."""
-    from llama3 import assets
-    from llama3.export import export_hf
-    from trainer import engine
+def export_adapter(args) -> None:
+    from llama3 import adapters
     from trainer.tensorfile import TensorFileWriter
+
+    folder = Path(args.output_path or f"{args.save_dir}/adapter")
+    source, flags = open_exported(args, Path(args.export_adapter or f"{args.save_dir}/last"))
+    if not (found := lora(flags)):
+        raise ValueError(f"{source.path} is of a whole model, not of an adapter: {WHOLE_FIX}")
+    adapters.export_adapter(folder, flags.model_id, found, adapter_readers(source), TensorFileWriter)
+    print(f"exported {source.path} to {folder}: PeftModel.from_pretrained(model, '{folder}') loads it")
+
+
+def open_exported(args, path: Path):
+    """A checkpoint, verified, and the flags of its run with those of this command."""
+    from llama3 import assets
+    from trainer import engine
 
     source = engine.open_checkpoint(path)
     source.verify()
-    state = source.state
-    had = state.get("config", {}).get("model_id")
+    saved = source.state.get("config", {})
+    had = saved.get("model_id")
     if "num_hidden_layers" in args.given or args.given.get("model_id", had) != had:
-        check_same_model(source.path, assets.load_config(args.model_id, args.num_hidden_layers), state)
+        check_same_model(source.path, assets.load_config(args.model_id, args.num_hidden_layers), source.state)
     # nnScaler's own demo saves no flags and no configuration: this command's flags must describe its model.
-    flags = {**vars(args), **state.get("config", {}), **args.given}
-    tokenizer = assets.load_tokenizer(flags["tokenizer_id"])
-    config = state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict()
-    dtype = dtype or state.get("config", {}).get("precision", args.precision)
-    export_hf(folder, config, tokenizer, source.shapes, source.parameters(), dtype, TensorFileWriter)
-    return tokenizer
+    own = {name: args.given[name] for name in args.given.keys() - set(LORA)}
+    return source, argparse.Namespace(**{**vars(args), **dict.fromkeys(LORA), **saved, **own})
+
+
+def adapter_readers(source) -> dict:
+    """The name of each of the adapter's tensors -> a function that reads it."""
+    return {name: functools.partial(source.read, f"model.{name}") for name in source.shapes}
+
+
+def export_checkpoint(args, path: Path, folder: Path, dtype: str | None):
+    """Writes a checkpoint, tensor by tensor, as a Hugging Face folder.
+
+    Returns its tokenizer, and whether it was trained on conversations.
+    """
+    from llama3 import assets
+    from llama3.export import export_hf
+    from trainer.tensorfile import TensorFileWriter
+
+    source, flags = open_exported(args, path)
+    tokenizer = assets.load_tokenizer(flags.tokenizer_id)
+    config = source.state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict()
+    dtype = dtype or source.state.get("config", {}).get("precision", args.precision)
+    shapes, tensors = source.shapes, source.parameters()
+    if lora(flags):
+        shapes, tensors = merge_adapter(source, flags)
+    export_hf(folder, config, tokenizer, shapes, tensors, dtype, TensorFileWriter)
+    return tokenizer, source.state.get("chat", False)
+
+
+def merge_adapter(source, flags):
+    """The shapes of the base's tensors, and the tensors with the adapter added, one at a time."""
+    from llama3 import adapters, assets, model
+    from trainer.checkpoint import Checkpoint, json_digest
+
+    base = Checkpoint.of_weights(model.weight_files(flags.model_id, assets.load_config(flags.model_id)))
+    source.check_frozen(json_digest(base.digests()))
+    weights = ((name, base.read(name)) for name in base.tensors)
+    scale = flags.lora_alpha / flags.lora_rank
+    shapes = {name: shape for name, (_, shape) in base.tensors.items()}
+    return shapes, adapters.merged(weights, adapter_readers(source), scale)
 
 
 def generate(args) -> None:
@@ -703,12 +785,13 @@ def generate(args) -> None:
             named = args.resume_from in ("last", "best")
             source = Path(args.save_dir if named else "", args.resume_from)
             folder = Path(temporary, "hf")
-            tokenizer = export_checkpoint(args, source, folder, args.precision)
+            tokenizer, chat = export_checkpoint(args, source, folder, args.precision)
         else:
             assets.weight_files(args.model_id)  # says what is missing
-            folder, tokenizer = assets.model_folder(args.model_id), assets.load_tokenizer(args.tokenizer_id)
+            folder, chat = assets.model_folder(args.model_id), False
+            tokenizer = assets.load_tokenizer(args.tokenizer_id)
         length, seed, dtype = args.max_new_tokens, args.seed, args.precision
-        print(generate_text(folder, tokenizer, args.generate, length, seed, dtype))
+        print(generate_text(folder, tokenizer, args.generate, length, seed, dtype, chat))
 
 
 def verify_resume(args) -> None:
@@ -733,6 +816,7 @@ MODES = {
     "prepare_data": (prepare, SWITCH, "download or read, tokenize, pack, split, save"),
     "merge_checkpoint": (merge, dict(nargs="?", const="", type=path, metavar="DIR"), "one file from shards"),
     "export_hf": (export, dict(nargs="?", const="", type=path, metavar="PATH"), "a Hugging Face folder"),
+    "export_adapter": (export_adapter, dict(nargs="?", const="", type=path, metavar="PATH"), "peft's folder"),
     "evaluate": (evaluate, SWITCH, "validation loss of the model, or of --resume_from"),
     "generate": (generate, dict(metavar="PROMPT"), "a sample from the model, or from --resume_from"),
     "plan": (plan, SWITCH, "memory and speed of the possible plans; needs no GPU, weights or network"),

@@ -2,8 +2,9 @@
 
 python benchmarks/hf_trainer.py MODEL_FOLDER ROWS STEPS OUTPUT.json '{"bf16": true}'     (or torchrun)
 
-The last argument holds TrainingArguments that differ from COMMON, or the dtype of the weights. The samples
-come in the order of train.py.
+The last argument holds TrainingArguments that differ from COMMON, the dtype of the weights, or the arguments
+of llama3.adapters.lora_config as `lora`. The samples come in the order of train.py, and peft's adapters start
+with its values.
 """
 
 import json
@@ -55,11 +56,27 @@ def samples(path: str, count: int) -> datasets.Dataset:
     return chosen.map(lambda row: {"input_ids": row["input_ids"], "labels": row["input_ids"]})
 
 
+def with_adapter(model, folder: str, lora: dict):
+    """peft's own model, whose adapter starts with the values that train.py gives it."""
+    import peft
+
+    from llama3.adapters import PEFT_PREFIX, lora_config
+    from llama3.model import Llama
+
+    adapted, ours = peft.get_peft_model(model, lora_config(**lora)), Llama(folder, lora=lora)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix(PEFT_PREFIX).replace(".default.", ".")
+            parameter.data = ours.initial_values(name, 0, parameter.numel()).view_as(parameter)
+    return adapted
+
+
 def main(model_folder: str, rows: str, steps: str, output: str, settings: str = "{}") -> None:
     options = {**COMMON, **json.loads(settings)}
-    dtype = getattr(torch, options.pop("dtype", "float32"))
+    dtype, lora = getattr(torch, options.pop("dtype", "float32")), options.pop("lora", None)
     args = TrainingArguments(output_dir=f"{output}.d", max_steps=int(steps), **options, **QUIET)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation="sdpa")
+    model = with_adapter(model, model_folder, lora) if lora else model
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     train_set, notes = samples(rows, batch * args.max_steps), Notes()
     Trainer(model=model, args=args, train_dataset=train_set, callbacks=[notes]).train()

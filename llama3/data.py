@@ -317,6 +317,11 @@ def read_preparation(path: str | Path) -> dict | None:
         return None
 
 
+def holds_conversations(path: str | Path) -> bool:
+    """Do the first samples have tokens that are not learned? Texts are learned whole."""
+    return any(0 in row["loss_mask"] for row in datasets.load_from_disk(str(Path(path, "train"))).take(100))
+
+
 def summary(path: Path, tokenizer) -> str:
     """Counts, the documents' lengths, and a sample in which what is learned stands in brackets."""
     known = read_preparation(path)

@@ -1,8 +1,8 @@
-"""Writes named tensors as a Hugging Face folder, and samples text from such a folder."""
+"""Writes named tensors as a Hugging Face folder, whole or not at all, and samples text from such a folder."""
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,54 +13,70 @@ from llama3.assets import DOCUMENT_SEPARATORS, AssetError, document_separator, n
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 EXPORT_MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the weights
-EXPORTED = set("model.safetensors config.json generation_config.json tokenizer.json".split())
-EXPORTED |= {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+# What an export holds, by the file of its tensors.
+EXPORTED = {
+    "model.safetensors": {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    | {"special_tokens_map.json", "chat_template.jinja"},
+    "adapter_model.safetensors": {"adapter_config.json"},
+}
 
 
 def export_hf(
     folder: Path, config: dict, tokenizer, shapes: dict, tensors: Iterable, dtype: str, writer: Callable
 ) -> None:
-    """Write config, weights, tokenizer and generation config to `folder`, which appears when it is whole.
+    """Write config, weights, tokenizer and generation config to `folder`; `exported` says how.
 
-    `shapes` are {name: shape}, `tensors` pairs (name, tensor). `writer(path, {name: (dtype, shape)}, mark)`
-    writes a safetensors file one tensor at a time, so that memory holds no more than one.
-    An export replaces an earlier one; raises ValueError if `folder` holds anything else, or if the tensors
-    are not those of the configuration.
+    `shapes` are {name: shape}, `tensors` pairs (name, tensor). Raises ValueError if they are not those of the
+    configuration.
     """
-    folder, torch_dtype = folder.resolve(), getattr(torch, DTYPES[dtype])
-    _check_folder(folder)
+    torch_dtype = getattr(torch, DTYPES[dtype])
     # transformers 5 reads `dtype`, and transformers 4 `torch_dtype`. A Llama needs no code of its own.
     saved = {"use_cache": True, "dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]}
     hf_config = LlamaConfig.from_dict({name: config[name] for name in config if name != "auto_map"} | saved)
     tokenizer.init_kwargs.pop("auto_map", None)
     _check_shapes(hf_config, shapes)
+    specs = {name: (torch_dtype, shape) for name, shape in shapes.items()}
+    with exported(folder, "model.safetensors", specs, tensors, writer) as new:
+        for part in (hf_config, tokenizer, _generation_config(hf_config, tokenizer)):
+            with naming(folder):
+                part.save_pretrained(new)
+
+
+@contextlib.contextmanager
+def exported(folder: Path, weights: str, specs: dict, tensors: Iterable, writer: Callable) -> Iterator[Path]:
+    """Write the tensors, and yield the folder for the other files, which then becomes `folder`.
+
+    `specs` are {name: (dtype, shape)}, `tensors` pairs (name, tensor). `writer(path, specs, mark)` writes a
+    safetensors file one tensor at a time, so that memory holds no more than one. An export replaces an
+    earlier one of its kind; raises ValueError if `folder` holds anything else.
+    """
+    folder = folder.resolve()
+    _check_folder(folder, weights)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new = Path(temporary, "new")
         new.mkdir()
-        specs = {name: (torch_dtype, shape) for name, shape in shapes.items()}
-        with writer(new / "model.safetensors", specs, EXPORT_MARK) as file:
+        with writer(new / weights, specs, EXPORT_MARK) as file:
             for name, tensor in tensors:
-                file.add(name, tensor.to(torch_dtype))
+                file.add(name, tensor.to(specs[name][0]))
             file.finish()
-        for part in (hf_config, tokenizer, _generation_config(hf_config, tokenizer)):
-            with naming(folder):
-                part.save_pretrained(new)
+        yield new
         if folder.exists():
             folder.rename(Path(temporary, "old"))
         new.rename(folder)
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises ValueError if the folder is there and holds anything but an export."""
+def _check_folder(folder: Path, weights: str) -> None:
+    """Raises ValueError if the folder is there and holds anything but an export with that file."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file, where a folder is needed: give another --output_path")
     found, mark = {path.name for path in folder.glob("*")}, None
     with contextlib.suppress(SafetensorError, FileNotFoundError):
-        mark = safe_open(folder / "model.safetensors", "pt").metadata()
-    foreign = found - EXPORTED if EXPORT_MARK.items() <= (mark or {}).items() else found
+        mark = safe_open(folder / weights, "pt").metadata()
+    foreign = found - EXPORTED[weights] - {weights} if EXPORT_MARK.items() <= (mark or {}).items() else found
     if foreign:
-        what = f"{folder} holds something other than an exported model ({', '.join(sorted(foreign)[:3])})"
+        kind = weights.split(".")[0].removesuffix("_model")
+        what = f"{folder} holds something other than an exported {kind} ({', '.join(sorted(foreign)[:3])})"
         raise ValueError(f"{what}: give another --output_path")
 
 
@@ -87,9 +103,18 @@ def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
     return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stops or None, pad_token_id=pad)
 
 
-def generate_text(folder: Path, tokenizer, prompt: str, max_new_tokens: int, seed: int, dtype: str) -> str:
-    """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9."""
-    ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).input_ids  # (1, T)
+def generate_text(
+    folder: Path, tokenizer, prompt: str, max_new_tokens: int, seed: int, dtype: str, chat=False
+) -> str:
+    """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9.
+
+    chat: the prompt is a user's message in the tokenizer's template, and what is returned is the answer.
+    """
+    if chat:
+        messages = [dict(role="user", content=prompt)]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    how = dict(add_special_tokens=not chat, split_special_tokens=not chat)
+    ids = tokenizer(prompt, return_tensors="pt", **how).input_ids  # (1, T)
     if not ids.shape[1]:
         raise ValueError("--generate needs a prompt of at least one token")
     # A .bin file would be a pickle, so only safetensors are read.
@@ -111,4 +136,4 @@ def generate_text(folder: Path, tokenizer, prompt: str, max_new_tokens: int, see
     ids, model = ids.to(device), model.to(device)
     with torch.no_grad():
         output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return tokenizer.decode(output[0, ids.shape[1] if chat else 0 :], skip_special_tokens=True)

@@ -18,8 +18,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, needs_grad, loss_and_grad):
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        if needs_grad:
-            grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = None
+        if needs_grad and ctx.needs_input_grad[1]:  # not where the weight is frozen
             # The sum over chunks is in fp32: in bf16 it would lose small contributions.
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.shape[0], ROWS_PER_CHUNK):
@@ -29,19 +30,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss_sum += loss
             if needs_grad:
                 torch.mm(grad, weight, out=grad_hidden[rows])
+                if grad_weight is None:
+                    continue
                 if h.is_cuda:  # the product adds itself, without a pass of its own over the sum
                     torch.addmm(grad_weight, grad.T, h, out_dtype=torch.float32, out=grad_weight)
                 else:
                     grad_weight += grad.T @ h
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+            ctx.save_for_backward(grad_hidden, grad_weight)
         return loss_sum
 
     @staticmethod
     def backward(ctx, grad_loss):
         # In place: a second weight's gradient would be a GiB for Llama 3. So backward runs once only.
-        hidden, weight = (grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return hidden, weight, None, None, None
+        grads = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
+        return *grads, None, None, None
 
 
 def loss_and_gradient(logits, labels, needs_grad):

@@ -110,6 +110,13 @@ _attention_by_document_backward.register_fake(
 ALL_ATTENTION_FUNCTIONS["packed"] = packed_attention
 
 
+def weight_files(model_id: str, config) -> dict[str, Path]:
+    """Return the safetensors file of each parameter that a Llama of this configuration has, by its name."""
+    # Older files hold the frequencies too, and some hold tied embeddings twice.
+    unused = ".rotary_emb.inv_freq", "lm_head.weight" if config.tie_word_embeddings else "."
+    return {name: file for name, file in assets.weight_files(model_id).items() if not name.endswith(unused)}
+
+
 class LossHead(nn.Linear):
     """The output projection with the loss: hidden (B, T, D) and shifted labels (B, T) -> the loss's sum."""
 
@@ -123,14 +130,16 @@ class Llama(nn.Module):
     """LlamaForCausalLM whose forward takes a batch and returns its loss.
 
     Parameters start on the meta device. The Trainer shards them, then fills each shard from `weight_files`
-    or, when it trains from scratch, from `initial_values`.
+    or, when it trains from scratch, from `initial_values`. lora: the arguments of adapters.lora_config; then
+    only the adapter is trained.
     """
 
-    name_prefix = "model."  # in front of the Hugging Face names of parameters
     layer_class = LlamaDecoderLayer
     for_tracing = "llama3.traced.TracedLlama"
 
-    def __init__(self, model_id: str, from_scratch=False, num_hidden_layers: int | None = None, seed=0):
+    def __init__(
+        self, model_id: str, from_scratch=False, num_hidden_layers=None, seed=0, lora: dict | None = None
+    ):
         super().__init__()
         self.model_id, self.from_scratch, self.seed = model_id, from_scratch, seed
         config = assets.load_config(model_id, num_hidden_layers)
@@ -139,6 +148,11 @@ class Llama(nn.Module):
             self.model.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
+        if lora:
+            from llama3 import adapters
+
+            with torch.device("meta"):
+                adapters.adapt(self.model, adapters.lora_config(**lora))
         # The frequencies are buffers, which the Trainer does not fill: they are made here, in fp32.
         self.model.model.rotary_emb = LlamaRotaryEmbedding(config=config)
         config._attn_implementation = "packed"
@@ -178,38 +192,43 @@ class Llama(nn.Module):
     def flops_per_token(self, batch: dict) -> float:
         """Floating-point operations of a training step by PaLM's convention (2204.02311, appendix B).
 
-        Six times the parameters of matrix products, and attention over the whole row, without its causal or
-        document mask; recompute does not count.
+        Six times the parameters of matrix products, four times those without a gradient of their own, and
+        attention over the whole row, without its causal or document mask; recompute does not count.
         """
         config, T = self.model.config, batch["input_ids"].shape[1]
-        matrices = sum(math.prod(p.shape) for p in self.model.model.layers.parameters() if p.ndim == 2)
-        matrices += config.vocab_size * config.hidden_size  # the output projection; the embedding has none
+        # The output projection counts; the embedding has no product.
+        matrices = [*self.model.model.layers.parameters(), self.model.lm_head.weight]
+        flops = sum((6 if p.requires_grad else 4) * math.prod(p.shape) for p in matrices if p.ndim == 2)
         width = config.num_attention_heads * self.model.model.layers[0].self_attn.head_dim
-        return 6 * matrices + 12 * config.num_hidden_layers * width * T
+        return flops + 12 * config.num_hidden_layers * width * T
+
+    @staticmethod
+    def checkpoint_name(name: str) -> str:
+        """Return a parameter's Hugging Face name, without what peft's classes put between its parts."""
+        return name.removeprefix("model.").replace(".base_layer.", ".").replace(".default.", ".")
 
     def weight_files(self) -> dict[str, Path] | None:
         """Return the safetensors file of each parameter by its Hugging Face name; None from scratch."""
-        if self.from_scratch:
-            return None
-        # Older files hold the frequencies too, and some hold tied embeddings twice.
-        unused = ".rotary_emb.inv_freq", "lm_head.weight" if self.model.config.tie_word_embeddings else "."
-        files = assets.weight_files(self.model_id)
-        return {name: file for name, file in files.items() if not name.endswith(unused)}
+        return None if self.from_scratch else weight_files(self.model_id, self.model.config)
 
     def initial_values(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements [start, stop) of a fresh parameter, flattened, in fp32.
 
-        They depend on the seed and the name only: ones for norms, zeros for biases, otherwise normal.
-        Each block has its own generator, so that a shard draws little more than it holds.
+        They depend on the seed and the name only: ones for norms, zeros for biases and an adapter's B,
+        otherwise normal; an adapter's A is uniform, as peft's. Each block has its own generator, so that a
+        shard draws little more than it holds.
         """
         if name.endswith("norm.weight"):
             return torch.ones(stop - start)
-        if name.endswith("bias"):
+        if name.endswith(("bias", "lora_B.weight")):
             return torch.zeros(stop - start)
-        blocks, deviation = [], self.model.config.initializer_range
+        draw, scale, shift, blocks = torch.randn, self.model.config.initializer_range, 0.0, []
+        if name.endswith("lora_A.weight"):
+            width = self.model.get_submodule(name.replace("lora_A.weight", "base_layer")).in_features
+            draw, scale, shift = torch.rand, 2 * width**-0.5, -(width**-0.5)
         for index in range(start // RANDOM_BLOCK, stop // RANDOM_BLOCK + 1):
             digest = hashlib.sha256(f"{self.seed}/{name}/{index}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            blocks.append(torch.randn(RANDOM_BLOCK, generator=generator) * deviation)
+            blocks.append(draw(RANDOM_BLOCK, generator=generator) * scale + shift)
         skipped = start % RANDOM_BLOCK
         return torch.cat(blocks)[skipped : skipped + stop - start]

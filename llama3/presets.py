@@ -3,6 +3,9 @@
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMOLLM2 = "smollm2-135m"
 
+# The linear layers that an adapter may change.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 # The arguments of transformers' LlamaConfig that differ from its defaults (4096 wide, 32 layers, 32 heads).
 CONFIGS = {
     LLAMA3_8B: dict(

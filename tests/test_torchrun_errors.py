@@ -40,7 +40,7 @@ UNHANDLED = {
 def test_an_unhandled_error_leaves_at_once_with_its_traceback(tmp_path, error):
     (tmp_path / "broken.py").write_text(
         "import runpy, threading, torch, trainer.engine\n"
-        f"def choose(_): raise {error}\n"
+        f"def choose(*_): raise {error}\n"
         "trainer.engine.choose = choose\n"
         "threading.Thread(target=threading.Event().wait).start()  # never ends\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
@@ -54,7 +54,7 @@ def test_an_unhandled_error_leaves_at_once_with_its_traceback(tmp_path, error):
 
 
 def test_out_of_gpu_memory_is_a_sentence_with_the_fix(monkeypatch, capsys):
-    def choose(_):
+    def choose(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
     monkeypatch.setattr("trainer.engine.choose", choose)

@@ -35,10 +35,12 @@ class ModelConfig:
     `sharded_alone`: other large modules that are gathered one at a time, and not for backward: their own
     gradients do not need their parameters.
     `compile_loss(compile)`: replaces what the loss computes elementwise by `compile` of it.
-    `name_prefix`: the wrapper's prefix (such as "model."), which checkpoints leave out of parameter names.
+    `checkpoint_name(name)`: what checkpoints call the parameter of that name; the same without it.
     `weight_files()`: checkpoint name of each parameter -> the safetensors file that holds it, or None.
     `initial_values(name, start, stop)`: those elements of the flattened fresh parameter, in fp32, a function
     of seed and name only; called if there are no weight files.
+    Parameters that require no gradient are frozen: then only they have weight files, and checkpoints hold the
+    others alone. They are kept in the computation's precision.
     `flops_per_token(batch)`: floating-point operations of a training step, for MFU.
     `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its
     `whole_functions` maps each function that nnScaler must not trace into to its tensors' dims.

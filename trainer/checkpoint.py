@@ -250,6 +250,17 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {lack}")
         return out
 
+    def digests(self, part: int = 0, parts: int = 1) -> dict[str, str]:
+        """The checksum of each `parts`-th tensor of a pretrained model, by name."""
+        held = {name: reader for name in sorted(self.boxes) for reader in self.boxes[name].values()}
+        return {name: held[name].tensor_digest(name) for name in list(held)[part::parts]}
+
+    def check_frozen(self, digest: str) -> None:
+        """Raises CheckpointError if the weights that this adapter belongs to have another checksum."""
+        if self.state.get("frozen") != digest:
+            was = f"{self.path} was trained beside the frozen weights of {self.state['config']['model_id']}"
+            raise CheckpointError(f"{was}, which are others now: give the --model_id of the same weights")
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> whole shape."""

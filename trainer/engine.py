@@ -18,9 +18,12 @@ TRANSFORMERS_VERSION = "4.48"  # nnScaler cannot trace the modelling code of lat
 INSTALLATION = "https://nnscaler.readthedocs.io/en/latest/installation.html"
 
 
-def choose(engine: str) -> str:
-    """Turns --engine into 'nnscaler' or 'native' and logs the reason; ValueError if nnScaler cannot run."""
-    missing = None if engine == "native" else _missing_for_nnscaler()
+def choose(engine: str, adapter: bool = False) -> str:
+    """Turns --engine into 'nnscaler' or 'native' and logs the reason; ValueError if nnScaler cannot run.
+
+    adapter: an adapter is trained, and not the whole model.
+    """
+    missing = None if engine == "native" else _missing_for_nnscaler(adapter)
     if engine == "nnscaler" and missing:
         raise ValueError(f"--engine=nnscaler: {missing}, or use --engine=native")
     name = "native" if engine == "native" or missing else "nnscaler"
@@ -29,8 +32,10 @@ def choose(engine: str) -> str:
     return name
 
 
-def _missing_for_nnscaler() -> str | None:
+def _missing_for_nnscaler(adapter: bool) -> str | None:
     """What nnScaler lacks here, and the fix."""
+    if adapter:
+        return "nnScaler trains no adapters: leave --lora_rank out"
     if importlib.util.find_spec("nnscaler") is None:
         return f"nnScaler is not installed: see {INSTALLATION} (release 0.8, with requirements-nnscaler.txt)"
     found = importlib.metadata.version("transformers")

@@ -38,7 +38,8 @@ def parallelize(
 ) -> None:
     """Shards the model in place and allocates its shards. FSDP gathers around compile, which has recompute.
 
-    precision: of the computation. Gradients are reduced, and master weights kept, in fp32.
+    precision: of the computation, and of frozen parameters. Gradients are reduced, and master weights kept,
+    in fp32.
     recompute: 'none', 'selective', 'full', or how many layers recompute all their activations in backward.
     dp_replicate: how many groups of ranks hold a whole model each, sharded inside the group.
     reshard_after_forward: free a layer's gathered weights after its forward, and gather them for backward.
@@ -58,11 +59,13 @@ def parallelize(
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     mesh = mesh if dp_replicate > 1 else mesh["dp_shard"]
     dtypes = dict(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
+    ignored = _cast_frozen(model, device, dtypes["param_dtype"] or torch.float32, whole=shape[1] == 1)
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     alone = getattr(model, "sharded_alone", [])
     for module in [*layers, *alone, model]:
         reshard = None if reshard_after_forward or module not in layers else False  # None: all but the root
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        how = dict(mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        fully_shard(module, **how, reshard_after_forward=reshard)
         if mesh.size() > 1:  # or FSDP would copy all gradients to divide them by 1
             # Gradients are plain sums: the trainer divides once, by the number of targets.
             module.set_gradient_divide_factor(1.0)
@@ -71,7 +74,26 @@ def parallelize(
             module.set_custom_reduce_scatter(_GlooReduceScatter())
     for module in alone:
         module.set_unshard_in_backward(False)
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    model._apply(functools.partial(_allocated, device=device))
+
+
+def _cast_frozen(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, whole: bool
+) -> set[nn.Parameter]:
+    """Casts the frozen parameters; returns those that FSDP must leave alone.
+
+    These are all of them where a rank holds the whole model, so that it computes with them, not with copies.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        value = parameter.detach().to(dtype)
+        value = nn.Parameter(_allocated(value, device) if whole else value, requires_grad=False)
+        torch.utils.swap_tensors(parameter, value)  # tied parameters stay tied
+    return set(frozen) if whole else set()
+
+
+def _allocated(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
 class _GlooReduceScatter(ReduceScatter):

@@ -13,7 +13,7 @@ from trainer.devices import DEVICES, Device
 
 GIB = 2**30
 MODES = ("none", "selective", "full")
-# What a compiled layer keeps for backward, beside an eager one: 0.71 to 0.72 and 0.91 to 0.94 at four widths.
+# What a compiled layer keeps for backward, beside an eager one: 0.69 to 0.70 and 0.91 to 0.93 at four widths.
 # tests/test_planner.py counts it again.
 COMPILED_KEEPS = dict(zip(MODES, (0.69, 0.92, 1.0), strict=True))
 # Shares of the device's rate that matrix products and attention reach within a whole step.

@@ -63,11 +63,11 @@ def together(action: Callable, *args):
         result = action(*args)
     except (ValueError, OSError, TrainingFailed) as error:
         told = error
-    _gathered(told)
+    gathered(told)
     return result
 
 
-def _gathered(mine) -> list:
+def gathered(mine) -> list:
     """What each rank gives; raises the first exception among that."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
@@ -86,7 +86,7 @@ def by_first_rank(action: Callable, *args):
 
 def compare(mine: dict) -> None:
     """Raises the same ValueError on all ranks if a value differs from rank 0's."""
-    found = _gathered((os.uname().nodename, mine))
+    found = gathered((os.uname().nodename, mine))
     for rank, (node, values) in enumerate(found):
         for name, first in found[0][1].items():
             if values.get(name) != first:

@@ -10,10 +10,11 @@ import random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from trainer import parallel, ranks
 from trainer.args import NativeOptions, TrainerArgs
-from trainer.checkpoint import Checkpoint, CheckpointError
+from trainer.checkpoint import Checkpoint, CheckpointError, json_digest
 
 logger = logging.getLogger(__name__)
 
@@ -46,29 +47,60 @@ def build_model(
     return model, ranks.together(fill_weights, model, resumed)
 
 
+def frozen_digest(model: torch.nn.Module, resumed: Checkpoint | None) -> str | None:
+    """The checksum of the weights that the model reads from files and does not train; None: it trains all.
+
+    Each rank reads its part of them. Raises CheckpointError if the checkpoint was trained on other weights.
+    """
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parts = ranks.gathered(ranks.together(lambda: pretrained(model).digests(rank, world_size)))
+    digest = json_digest({name: digest for part in parts for name, digest in part.items()})
+    if resumed:
+        resumed.check_frozen(digest)
+    return digest
+
+
+def pretrained(model: torch.nn.Module) -> Checkpoint | None:
+    """The model's weight files opened; None: it has none."""
+    files = model.weight_files() if hasattr(model, "weight_files") else None
+    return Checkpoint.of_weights(files) if files else None
+
+
 @torch.no_grad()
 def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> dict[torch.nn.Parameter, str]:
-    """Fills the parameters, and returns the name of each in checkpoints.
+    """Fills the parameters, and returns the name in checkpoints of each that is trained.
 
-    Weights come from the checkpoint, else from the model's weight_files(), else from initial_values().
+    These come from the checkpoint, and frozen ones from the model's weight_files(). Without a checkpoint all
+    come from the files, but what is trained beside frozen ones, or without files, from initial_values().
     Raises CheckpointError for a tensor that is missing, that the model lacks, or that has another shape.
     """
-    prefix = getattr(model, "name_prefix", "")
-    names = {parameter: name.removeprefix(prefix) for name, parameter in model.named_parameters()}
-    files = model.weight_files() if hasattr(model, "weight_files") and not resumed else None
-    source = Checkpoint.of_weights(files) if files else resumed
-    held = (resumed.shapes if resumed else source.tensors).keys() if source else set()
+    rename = getattr(model, "checkpoint_name", str)
+    trained, frozen = {}, {}
+    for name, parameter in model.named_parameters():
+        (trained if parameter.requires_grad else frozen)[parameter] = rename(name)
+    base = pretrained(model) if frozen or not resumed else None
+    if frozen:
+        _fill(model, frozen, base)
+        base = None
+    _fill(model, trained, *((resumed, "model.") if resumed else (base,)))
+    return trained
+
+
+def _fill(model: torch.nn.Module, names: dict, source: Checkpoint | None, prefix: str = "") -> None:
+    tensors = source.tensors if source else {}
+    held = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
     if surplus := sorted(held - set(names.values())):
         what = f"{source.path} holds {surplus[0]}, which this model lacks ({len(surplus)} such tensors)"
         raise CheckpointError(f"{what}: give the flags of its model, or none")
     for parameter, name in names.items():
         box, out = parallel.local_box(parameter), parallel.local(parameter)
         if source:
-            source.read(f"model.{name}" if resumed else name, box, out, tuple(parameter.shape))
+            source.read(prefix + name, box, out, tuple(parameter.shape))
         elif hasattr(model, "initial_values") and box.size:
             start = box.offsets[0] * math.prod(parameter.shape[1:])  # FSDP's boxes are runs of whole rows
             out.copy_(model.initial_values(name, start, start + box.size).view(box.shape))
-    return names
 
 
 @torch.no_grad()

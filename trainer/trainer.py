@@ -98,11 +98,12 @@ class Trainer:
         self.resumed = ranks.together(Checkpoint.open, path) if path else None
         self.parents = lineage(self.resumed.state) if self.resumed else []
         self.model, self.names = setup.build_model(args, self.options, self.device, self.resumed)
+        self.frozen = setup.frozen_digest(self.model, self.resumed)
 
     def prepare_training(self) -> bool:
         """Sets up the rest; returns False, and touches no file, if the resumed run has nothing left to do."""
         args = self.args
-        self.optimizer = args.optimizer.type(self.model.parameters(), **args.optimizer.args)
+        self.optimizer = args.optimizer.type(list(self.names), **args.optimizer.args)
         if self.resumed:
             self._restore()
             if self.state.step >= args.max_train_steps and not self._validation_is_missing():
@@ -349,6 +350,7 @@ class Trainer:
         state = {**vars(self.state), "epoch": name.epoch, "validation_due": validation_due, "seed": args.seed}
         state |= {"world_size": self.world_size, "global_batch_size": args.global_batch_size}
         state |= {"run": self.options.run_id, "parents": self.parents}
+        state |= {"frozen": self.frozen} if self.frozen else {}
         if hook := args.hook.on_save_checkpoint:
             hook(self, state)
         began = time.perf_counter()
@@ -360,7 +362,7 @@ class Trainer:
         logger.info("%s %s", done, self.save_dir / str(name))
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """The weights and the optimizer's state, under the names that checkpoints use."""
+        """The trained weights and the optimizer's state, under the names that checkpoints use."""
         found = {f"model.{name}": parameter for parameter, name in self.names.items()}
         for parameter, name in self.names.items():
             state = self.optimizer.state.get(parameter, {})
