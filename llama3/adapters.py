@@ -20,13 +20,13 @@ PEFT_PREFIX = "base_model.model."  # in front of the names in peft's files
 
 
 class LoraLinear(peft.tuners.lora.Linear):
-    """peft's layer for one adapter without dropout, which passes over its output once instead of thrice."""
+    """peft's layer for one adapter without dropout, which passes over its output twice instead of thrice."""
 
     def forward(self, x):
         A, B = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        rows = x.flatten(0, -2)  # of a matrix, as autograd copies the gradient of a view that is written to
+        rows = x.flatten(0, -2)
         inner = F.linear(rows, A) * self.scaling[ADAPTER]  # (rows, r)
-        return self.base_layer(rows).addmm_(inner, B.T).view(*x.shape[:-1], -1)
+        return torch.addmm(self.base_layer(rows), inner, B.T).view(*x.shape[:-1], -1)
 
 
 def lora_config(lora_rank: int, lora_alpha: int, lora_targets: str, **more) -> peft.LoraConfig:

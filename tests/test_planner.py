@@ -19,7 +19,7 @@ SIZE_70B |= dict(num_key_value_heads=8, vocab_size=128256, model_type="llama")
 
 
 def planned(kind: str, ranks: int, *flags: str) -> planner.Run:
-    args = train.parse_args(["--from_scratch", *flags])
+    args = train.parse_args([*flags])
     return train.planner_run(args, devices.parse_device(kind), ranks, 8, kind == "cpu", {})
 
 
@@ -77,6 +77,16 @@ def test_it_finds_what_fits_the_mini_model_and_70b(tmp_path):
     run = planned("h100-80g", 64, f"--model_id={tmp_path}")
     assert planner.search(run)[0].fits and run.layers == 80
     assert planner.state(run, 1) == pytest.approx(16 * 70.55e9, rel=1e-3)
+
+
+def test_8b_with_an_adapter_fits_one_card_of_24_gb():
+    run = planned("rtx4090", 1, "--lora_rank=16", "--max_seq_len=4096")
+    assert planner.search(run)[0].fits
+    # Frozen in bf16, and sixteen bytes for each number of A (16, in) and B (out, 16) in all linear layers.
+    adapter = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert planner.state(run, 1) == 2 * 8_030_261_248 + 16 * 32 * adapter
+    beyond = planned("rtx4090", 1, "--lora_rank=16", "--max_seq_len=65536")
+    assert "--lora_rank" not in planner.what_would_fit(beyond)
 
 
 def test_no_plan_changes_the_global_batch_and_flags_pin():

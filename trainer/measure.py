@@ -46,7 +46,7 @@ class Model:
 def facts(model: Model) -> dict:
     """The number of layers, the parameters of a layer and of the rest, and the FLOPs of a token.
 
-    A parameter is (rows, elements, bytes of an element, trained?). Products count forward and backward.
+    A parameter is (rows, elements, trained?). Products count forward and backward.
     """
     return _cached(f"facts {model.tokens} {model.key}", lambda: _facts(model))
 
@@ -57,10 +57,9 @@ def _facts(model: Model) -> dict:
     repeated = {parameter for layer in layers for parameter in layer.parameters()}
     groups = dict(layer=layers[0].parameters(), others=[p for p in module.parameters() if p not in repeated])
     found = {
-        name: [(p.shape[0], p.numel(), p.element_size(), p.requires_grad) for p in group]
-        for name, group in groups.items()
+        name: [(p.shape[0], p.numel(), p.requires_grad) for p in group] for name, group in groups.items()
     }
-    products = 6 * sum(math.prod(p.shape) for p in repeated if p.ndim == 2)
+    products = sum((6 if p.requires_grad else 4) * math.prod(p.shape) for p in repeated if p.ndim == 2)
     once, twice = (module.flops_per_token({"input_ids": torch.empty(1, n * model.tokens)}) for n in (1, 2))
     found["flops"] = dict(layers=products, head=2 * once - twice - products, attention=twice - once)
     return found | dict(layers=len(layers))
@@ -73,7 +72,7 @@ def point(model: Model, recompute: str, rows: int, ranks: int) -> dict[str, floa
     def compute():
         if not model.now:
             raise NotMeasured(key)
-        arguments = model, recompute, rows, dict(dp_shard=ranks)
+        arguments = model, recompute, rows, dict(dp_shard=max(2, ranks))
         if not torch.distributed.is_initialized():
             return measure(*arguments)
         # A fake process group, and what torch remembers of its meshes, must not meet the real one.

@@ -84,12 +84,16 @@ def _cast_frozen(
 
     These are all of them where a rank holds the whole model, so that it computes with them, not with copies.
     """
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    for parameter in frozen:
-        value = parameter.detach().to(dtype)
-        value = nn.Parameter(_allocated(value, device) if whole else value, requires_grad=False)
-        torch.utils.swap_tensors(parameter, value)  # tied parameters stay tied
-    return set(frozen) if whole else set()
+    cast = {}  # tied parameters stay tied
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                if parameter not in cast:
+                    value = parameter.detach().to(dtype)
+                    value = _allocated(value, device) if whole else value
+                    cast[parameter] = nn.Parameter(value, requires_grad=False)
+                setattr(module, name, cast[parameter])
+    return set(cast.values()) if whole else set()
 
 
 def _allocated(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -44,6 +44,10 @@ class Run:
     def layers(self) -> int:
         return measure.facts(self.model)["layers"]
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.tflops <= DEVICES["cpu"].tflops
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -220,19 +224,23 @@ def memory(run: Run, plan: Plan, tokens: int | None = None) -> tuple[float, floa
 
 
 def state(run: Run, shards: int) -> float:
-    """Weights, gradients and two moments in fp32 of what trains. A shard has whole rows."""
-    found = measure.facts(run.model)
+    """Weights, gradients and two moments in fp32 of what trains; frozen weights. A shard has whole rows."""
+    found, width = measure.facts(run.model), _width(run)
     sizes = dict.fromkeys(("layer", "others"), 0.0)
     for group in sizes:
-        for rows, elements, width, trained in found[group]:
+        for rows, elements, trained in found[group]:
             sizes[group] += math.ceil(rows / shards) * elements / rows * (16 if trained else width)
     return run.layers * sizes["layer"] + sizes["others"]
 
 
 def _gathered(run: Run, group: str) -> int:
     """A layer's weights, or the others, as computation needs them."""
-    width = 2 if run.model.precision == "bf16" else 4
-    return width * sum(elements for _, elements, _, _ in measure.facts(run.model)[group])
+    return _width(run) * sum(elements for _, elements, _ in measure.facts(run.model)[group])
+
+
+def _width(run: Run) -> int:
+    """The bytes of a number in computation."""
+    return 2 if run.model.precision == "bf16" else 4
 
 
 def _kept(run: Run, mode: str, tokens: int) -> float:
@@ -265,9 +273,10 @@ def _again(run: Run, plan: Plan) -> float:
 
 
 def step_seconds(run: Run, plan: Plan) -> float:
-    """Accumulated micro-batches, then the optimizer. Collectives run beside the computation."""
+    """Accumulated micro-batches, then the optimizer. A GPU computes while it sends, a CPU does not."""
     computing, sending = _computing_seconds(run, plan), _sending_seconds(run, plan)
-    micro_batch = max(computing, sending) + sending / run.layers  # nothing hides the first layer's
+    both = computing + sending if run.on_cpu else max(computing, sending)
+    micro_batch = both + sending / run.layers  # nothing hides the first layer's
     updating = STATE_PASSES * state(run, plan.dp_shard) / (run.device.memory_gbps * 1e9)
     return plan.grad_accumulation_steps * micro_batch + updating
 
@@ -292,7 +301,9 @@ def _computing_seconds(run: Run, plan: Plan) -> float:
 def _sending_seconds(run: Run, plan: Plan) -> float:
     """Weights are gathered for forward and backward, gradients reduced in fp32, in a micro-batch."""
     layer, others = run.layers * _gathered(run, "layer"), _gathered(run, "others")
-    gradients = (layer + others) * (2 if run.model.precision == "bf16" else 1)
+    found = measure.facts(run.model)
+    trained = {name: sum(n for _, n, trained in found[name] if trained) for name in ("layer", "others")}
+    gradients = 4 * (run.layers * trained["layer"] + trained["others"])
     link, network = run.device.link_gbps * 1e9, min(run.device.link_gbps, NODE_GBPS) * 1e9
     shards, replicas = plan.dp_shard, plan.dp_replicate
     gathers = 2 if plan.reshard_after_forward else 1 / plan.grad_accumulation_steps
@@ -323,11 +334,7 @@ def explain(run: Run, plan: Plan) -> tuple[str, str]:
     reshard = "" if plan.reshard_after_forward else ", weights gathered once"
     parts = f"state {plan.state_gib:.2f}, layers {plan.activations_gib:.2f}, rest {plan.work_gib:.2f}"
     peak = f"predicted peak {plan.predicted_peak_gib:.2f} of {run.limit_gib:.2f} GiB ({parts})"
-    speed = (
-        f", {plan.predicted_tokens_per_second:.0f} tokens/s"
-        if run.device.tflops > DEVICES["cpu"].tflops
-        else ""
-    )
+    speed = "" if run.on_cpu else f", {plan.predicted_tokens_per_second:.0f} tokens/s"
     return f"recompute {plan.recompute}, {shape}{reshard} ({plan.why})", peak + speed
 
 
@@ -336,4 +343,6 @@ def what_would_fit(run: Run) -> str:
     fewest, longest = fewest_devices(run), longest_sequence(run)
     fixes = [f"{fewest} such devices"] if fewest and fewest > run.ranks else []
     fixes += [f"--max_seq_len={longest}"] if 0 < longest < run.model.tokens else []
-    return ", ".join([*fixes, "fewer layers (--num_hidden_layers)", "adapters only (--lora_rank)"])
+    if all(trained for _, _, trained in measure.facts(run.model)["layer"]):
+        fixes += ["fewer layers (--num_hidden_layers)", "adapters only (--lora_rank)"]
+    return ", ".join(fixes) or "devices with more memory"
