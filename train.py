@@ -111,7 +111,7 @@ NOT_RESUMED = set(
 )
 ACCUMULATION = "grad_accumulation_steps"
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
-WHOLE_FIX = "leave the LoRA flags out, or train an adapter of its weights (--export_hf, then --model_id)"
+WHOLE_FIX = "--export_hf makes a model of it, which --model_id, --save_dir and --log_dir adapt elsewhere"
 PREPARED_WITH = {"dataset_id", "validation_fraction", "text_column"}  # what training cannot change
 # Of a model's configuration, what does not change what it computes.
 NOT_COMPARED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
@@ -578,8 +578,12 @@ def plan(args) -> None:
     from trainer import devices, planner
 
     kind, device = args.device_type, devices.parse_device(args.device_type)
+    if args.resume_from:
+        raise ValueError("--plan plans what the flags say, not a checkpoint: leave --resume_from out")
     if (ranks := args.world_size or planner.NODE_DEVICES) > planner.MOST_DEVICES:
         raise ValueError(f"--world_size {ranks}: give at most {planner.MOST_DEVICES} devices")
+    if kind == "cpu":
+        device = devices.at_hand(None, ranks)
     run = planner_run(args, device, ranks, planner.NODE_DEVICES, kind == "cpu", {})
     plans = planner.search(run)
     if args.output_path:
@@ -626,6 +630,9 @@ def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: 
     from trainer import measure, planner
 
     check_replicas(args, ranks)
+    if args.mem_constraint and args.mem_constraint > device.memory_gib:
+        has = f"--mem_constraint {args.mem_constraint:g}: the device has {device.memory_gib:.1f} GiB"
+        raise ValueError(f"{has}: give less, or leave it out")
     sizes, micro = batch_sizes(args, state), args.micro_batch_size
     total, _ = derive_batch_sizes(micro, ranks, *map(sizes.get, ("global_batch_size", ACCUMULATION)))
     free = (
@@ -648,6 +655,7 @@ def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: 
         global_batch_size=total,
         micro_batch_size=micro,
         pinned={name: value for name, value in pinned.items() if value not in (None, "auto")},
+        pretrained=not args.from_scratch,
         compiled=args.compile == "on" or (args.compile == "auto" and not on_cpu),
     )
 
@@ -731,6 +739,8 @@ def open_exported(args, path: Path):
     had = saved.get("model_id")
     if "num_hidden_layers" in args.given or args.given.get("model_id", had) != had:
         check_same_model(source.path, assets.load_config(args.model_id, args.num_hidden_layers), source.state)
+    if args.given.keys() & set(LORA):
+        check_adapter(args, source.path, source.state)
     # nnScaler's own demo saves no flags and no configuration: this command's flags must describe its model.
     own = {name: args.given[name] for name in args.given.keys() - set(LORA)}
     return source, argparse.Namespace(**{**vars(args), **dict.fromkeys(LORA), **saved, **own})

@@ -1,10 +1,12 @@
-"""What benchmarks share: weights and rows; train.py and transformers' Trainer, as their users start them."""
+"""What benchmarks share: weights and rows; train.py and its peers, as their users start them."""
 
 import contextlib
 import io
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -71,10 +73,12 @@ def make_rows(folder: Path, vocab: int, seq_len: int, rows: int, document: int |
         return data.prepare(str(text), make_tokenizer(vocab), folder / "rows", seq_len, validation_fraction=0)
 
 
-def start(script: str, arguments: list, ranks: int, env: dict | None, output) -> subprocess.Popen:
+def start(
+    script: str | Path, arguments: list, ranks: int, env: dict | None, output, python=sys.executable
+) -> subprocess.Popen:
     """`python SCRIPT ...` for one rank, torchrun for more, in a process group of its own."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(several if ranks > 1 else []), str(ROOT / script), *map(str, arguments)]
+    command = [str(python), *(several if ranks > 1 else []), str(ROOT / script), *map(str, arguments)]
     options = dict(stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
     return subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, **options)
 
@@ -96,6 +100,24 @@ def last_words(output: Path) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
+def first_rows(process: subprocess.Popen, output: Path, read: Callable, steps: int) -> list[dict]:
+    """Ends the run once `read` finds a row for each of its first steps. Raises RunFailed.
+
+    A row's `seen_seconds` is the time from the start of the process until the row was seen.
+    """
+    began, rows = time.perf_counter(), []
+    try:
+        while len(rows) < steps and process.poll() is None and time.perf_counter() < began + LIMIT_SECONDS:
+            time.sleep(0.05)
+            new, seen = read()[len(rows) :], time.perf_counter() - began
+            rows += [dict(row, seen_seconds=seen) for row in new]
+    finally:
+        end(process)
+    if len(rows) < steps:
+        raise RunFailed(last_words(output))
+    return rows[:steps]
+
+
 def run_ours(flags: list, ranks: int = 1, env: dict | None = None, steps: int = 10) -> list[dict]:
     """The metrics of train.py's first steps, as metrics.jsonl has them. Raises RunFailed."""
     from tools.curves import read_metrics
@@ -104,19 +126,14 @@ def run_ours(flags: list, ranks: int = 1, env: dict | None = None, steps: int = 
         output, log = Path(folder, "output.txt"), Path(folder, "log")
         own = [f"--save_dir={folder}/ckpt", f"--log_dir={log}"]
         own += [f"--max_train_steps={ENDLESS}", f"--save_every_n_train_steps={ENDLESS}"]
+
+        def read() -> list[dict]:
+            found = read_metrics(log) if (log / "metrics.jsonl").exists() else []
+            return [row for row in found if "train_loss" in row]
+
         with open(output, "w") as file:
             process = start("train.py", [*flags, *own], ranks, env, file)
-        rows, limit = [], time.monotonic() + LIMIT_SECONDS
-        try:
-            while len(rows) < steps and process.poll() is None and time.monotonic() < limit:
-                time.sleep(0.05)
-                if (log / "metrics.jsonl").exists():
-                    rows = [row for row in read_metrics(log) if "train_loss" in row]
-        finally:
-            end(process)
-        if len(rows) < steps:
-            raise RunFailed(last_words(output))
-        return rows[:steps]
+        return first_rows(process, output, read, steps)
 
 
 def run_transformers(
@@ -136,6 +153,52 @@ def run_transformers(
         if process.returncode:
             raise RunFailed(last_words(output))
         return json.loads(result.read_text())
+
+
+def convert_for_litgpt(python: Path, model: Path, folder: Path) -> Path:
+    """A copy of SmolLM2's Hugging Face folder with LitGPT's own file of its weights, which it makes."""
+    shutil.copytree(model, folder)
+    command = [python, "-m", "litgpt", "convert_to_litgpt", folder, "--model_name=SmolLM2-135M-Instruct"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RunFailed(done.stdout.strip().splitlines()[-1])
+    return folder
+
+
+def run_litgpt(
+    python: Path, model: Path, texts: list[str], seq_len: int, micro_batch: int, accumulation: int, steps=10
+) -> list[dict]:
+    """The same of `litgpt finetune_full`, read from what it prints; its rows are the texts, shuffled.
+
+    model: of `convert_for_litgpt`. The peak memory is the resident memory of its process.
+    """
+    printed = re.compile(r"loss train: (\S+),.* iter time: (\S+) ms( \(step\))?")
+    with tempfile.TemporaryDirectory() as folder:
+        output, batch = Path(folder, "output.txt"), micro_batch * accumulation
+        samples = [dict(instruction=text, output="") for text in texts]
+        for name in ("train", "val"):
+            Path(folder, f"{name}.json").write_text(json.dumps(samples))
+        adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-5, "fused": True}}
+        flags = [f"--out_dir={folder}/out", "--data=JSON", f"--data.json_path={folder}"]
+        flags += ["--data.prompt_style.class_path=litgpt.prompts.Default", f"--optimizer={json.dumps(adamw)}"]
+        flags += [f"--train.max_seq_length={seq_len}", "--train.lr_warmup_steps=1"]
+        flags += [f"--train.micro_batch_size={micro_batch}", f"--train.global_batch_size={batch}"]
+
+        def read() -> list[dict]:
+            peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            rows, seconds = [], 0.0
+            for loss, milliseconds, last in printed.findall(output.read_text()) if peak else []:
+                seconds += float(milliseconds) / 1000
+                if last:
+                    row = dict(step_seconds=seconds, tokens_per_second=batch * seq_len / seconds)
+                    rows.append(row | dict(train_loss=float(loss), peak_memory_gib=int(peak[1]) / 2**20))
+                    seconds = 0.0
+            return rows
+
+        with open(output, "w") as file:
+            arguments, env = ["finetune_full", model, *flags], {"PYTHONUNBUFFERED": "1"}
+            process = start(Path(python).with_name("litgpt"), arguments, 1, env, file, python)
+        return first_rows(process, output, read, steps)
 
 
 def interleave(ways: dict[str, Callable], repeats: int) -> dict[str, list]:

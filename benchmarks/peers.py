@@ -1,17 +1,32 @@
-"""Measures train.py beside transformers' Trainer on a CPU: python benchmarks/peers.py [CASE ...]
+"""Measures train.py beside its peers on a CPU: python benchmarks/peers.py [CASE ...] [--litgpt=PYTHON]
 
-Both train the same weights on the same tokens, each as its users start it, in turn, three times. The figures
-are medians over the steps after the second; ratios are ours to theirs. Needs an idle machine.
+The peer is transformers' Trainer, in the case litgpt LitGPT. Both train the same weights on the same tokens,
+each as its users start it, in turn, three times. The figures are medians over the steps after the second;
+ratios are ours to theirs. The case start measures how soon `train.py --demo` trains, with medians of three
+runs. Needs an idle machine. LOG.md says what does not run here, and what did not help.
 """
 
+import argparse
 import contextlib
 import functools
 import io
+import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import interleave, make_model, make_rows, medians, run_ours, run_transformers
+from common import (
+    ROOT,
+    convert_for_litgpt,
+    interleave,
+    make_model,
+    make_rows,
+    medians,
+    run_litgpt,
+    run_ours,
+    run_transformers,
+)
 
 STEPS, REPEATS, WARM_UP, T = 10, 3, 2, 512
 # What setup.keep_freed_memory does for our engine, as an environment.
@@ -23,6 +38,7 @@ CASES = {
     "smollm2-2": ("smollm2-135m", 2, 2, 2, {}),
     "smollm2-1-malloc": ("smollm2-135m", 1, 2, 2, KEEP_FREED),
     "vocabulary": ("fresh", 1, 4, 1, {}),
+    "litgpt": ("smollm2-135m", 1, 2, 2, {}),
 }
 
 
@@ -51,8 +67,21 @@ def models_and_rows(folder: Path, model: str) -> tuple[str, Path, Path]:
     return model, assets.model_folder(model), one_long_document(folder / "data")
 
 
-def compare(case: str) -> dict[str, dict[str, float]]:
-    """The medians of both sides, and the largest difference of their losses in a step."""
+def texts(rows: Path, count: int) -> list[str]:
+    """The first samples of train.py's order as text: the same tokens again once LitGPT has tokenized it."""
+    from hf_trainer import samples
+
+    from llama3 import assets
+
+    tokenizer = assets.load_tokenizer("smollm2-135m")
+    return [tokenizer.decode(row["input_ids"]) for row in samples(str(rows), count)]
+
+
+def compare(case: str, litgpt: Path | None = None) -> dict[str, dict[str, float]]:
+    """The medians of both sides, and the largest difference of their losses in a step.
+
+    LitGPT shuffles the rows its own way: of the case litgpt, the difference of the mean losses.
+    """
     model, ranks, micro_batch, accumulation, env = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         model_id, model_folder, rows = models_and_rows(Path(folder), model)
@@ -60,22 +89,57 @@ def compare(case: str) -> dict[str, dict[str, float]]:
         flags += [f"--micro_batch_size={micro_batch}", f"--grad_accumulation_steps={accumulation}"]
         settings = dict(per_device_train_batch_size=micro_batch, bf16=True)
         settings |= dict(gradient_accumulation_steps=accumulation)
-        ways = {
-            "ours": functools.partial(run_ours, flags, ranks, env, STEPS),
-            "theirs": functools.partial(run_transformers, model_folder, rows, ranks, settings, env, STEPS),
-        }
-        found = interleave(ways, REPEATS)
+        theirs = functools.partial(run_transformers, model_folder, rows, ranks, settings, env, STEPS)
+        if case == "litgpt":
+            converted = convert_for_litgpt(litgpt, model_folder, Path(folder, "litgpt"))
+            data = texts(rows, micro_batch * accumulation * STEPS)
+            sizes = (T, micro_batch, accumulation, STEPS)
+            theirs = functools.partial(run_litgpt, litgpt, converted, data, *sizes)
+        ours = functools.partial(run_ours, flags, ranks, env, STEPS)
+        found = interleave({"ours": ours, "theirs": theirs}, REPEATS)
     sides = {name: medians([row for run in runs for row in run[WARM_UP:]]) for name, runs in found.items()}
-    pairs = zip(found["ours"][0], found["theirs"][0], strict=True)
-    difference = max(abs(ours["train_loss"] - theirs["train_loss"]) for ours, theirs in pairs)
+    ours, theirs = ([row["train_loss"] for row in runs[0]] for runs in found.values())
+    if case == "litgpt":
+        ours, theirs = [statistics.fmean(ours)], [statistics.fmean(theirs)]
+    difference = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
     return sides | {"difference": {"train_loss": difference}}
 
 
-def main(*cases: str) -> None:
+def measure_start() -> None:
+    """Prints the seconds from the start of `train.py --demo` to its first forward and its first step's end.
+
+    The end is when metrics.jsonl has the step's row; step_seconds and data_seconds in the row lead back to
+    the forward. The data have no validation set, as the demo validates before its first step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--demo", f"--dataset_path={folder}/data"]
+        env = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        prepare = [sys.executable, "train.py", *flags, "--prepare_data", "--validation_fraction=0"]
+        subprocess.run(prepare, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+        def start_up(compiled: str) -> tuple[float, float]:
+            row = run_ours([*flags, f"--compile={compiled}"], env=env, steps=1)[0]
+            return row["seen_seconds"] - row["step_seconds"] + row["data_seconds"], row["seen_seconds"]
+
+        cold = start_up("on")[1]
+        found = interleave({name: functools.partial(start_up, name) for name in ("off", "on")}, REPEATS)
+    forward, eager = map(statistics.median, zip(*found["off"], strict=True))
+    warm = statistics.median(end for _, end in found["on"])
+    print(f"start: first forward after {forward:.1f} s, step ends after {eager:.1f} s; compiled: ", end="")
+    print(f"{warm - eager:+.1f} s with a warm cache, {cold - eager:+.1f} s with an empty one", flush=True)
+
+
+def main(cases: list[str], litgpt: Path | None) -> None:
     print(f"{'case':18}{'tokens/s: ours':>16}{'theirs':>8}{'ratio':>7}", end="")
     print(f"{'GiB: ours':>11}{'theirs':>8}{'ratio':>7}")
-    for case in cases or CASES:
-        found = compare(case)
+    for case in cases:
+        if case == "start":
+            measure_start()
+            continue
+        if case == "litgpt" and litgpt is None:
+            print("litgpt: skipped: give --litgpt=PYTHON, of an environment with litgpt and requests")
+            continue
+        found = compare(case, litgpt)
         print(f"{case:18}", end="")
         for key, width, digits in (("tokens_per_second", 16, 0), ("peak_memory_gib", 11, 2)):
             ours, theirs = found["ours"][key], found["theirs"][key]
@@ -84,4 +148,13 @@ def main(*cases: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*CASES, "start"]
+    parser.add_argument("cases", nargs="*", metavar="CASE", default=names, help=f"default: all of {names}")
+    parser.add_argument("--litgpt", type=Path, metavar="PYTHON", help="that has litgpt and requests")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(names):
+        parser.error(f"{unknown.pop()} is no case: give one of {', '.join(names)}")
+    main(options.cases, options.litgpt)

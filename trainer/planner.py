@@ -38,6 +38,7 @@ class Run:
     global_batch_size: int
     micro_batch_size: int  # the smallest
     pinned: dict
+    pretrained: bool
     compiled: bool
 
     @property
@@ -101,7 +102,7 @@ def search(run: Run) -> list[Plan]:
             -plan.predicted_tokens_per_second,
         )
 
-    return [replace(plan, why=_why(plan, best, run.limit_gib)) for plan in sorted(plans, key=order)]
+    return [replace(plan, why=_why(run, plan, best)) for plan in sorted(plans, key=order)]
 
 
 def choose(run: Run, measure_now: bool = True) -> Plan:
@@ -129,16 +130,18 @@ def refuse(run: Run, plan: Plan) -> None:
     raise ValueError(f"{needed} (--mem_constraint): use {what_would_fit(run)}")
 
 
-def _why(plan: Plan, best: Plan | None, limit_gib: float) -> str:
+def _why(run: Run, plan: Plan, best: Plan | None) -> str:
     if not plan.fits:
-        return f"needs {plan.predicted_peak_gib:.1f} of {limit_gib:.1f} GiB"
+        return f"needs {plan.predicted_peak_gib:.1f} of {run.limit_gib:.1f} GiB"
     if plan is best:
         return "the fastest that fits"
     slower = 1 - plan.predicted_tokens_per_second / best.predicted_tokens_per_second
     if slower >= 0.01:
         return f"{slower:.0%} slower"
     more = plan.predicted_peak_gib - best.predicted_peak_gib
-    return f"as fast with {more:.1f} GiB more" if more > 0 else "as fast with more recompute"
+    if more <= 0 and _again(run, plan) > _again(run, best):
+        return "as fast with more recompute"
+    return f"as fast with {abs(more):.1f} GiB {'more' if more > 0 else 'less'}"
 
 
 def _layouts(run: Run) -> Iterator[Plan]:
@@ -219,7 +222,7 @@ def memory(run: Run, plan: Plan, tokens: int | None = None) -> tuple[float, floa
     # kept, or of the last that does, when what the others kept is free again.
     works = [_work(run, mode, tokens)] if full < layers else []
     works += [_work(run, "full", tokens) - kept] if full else []
-    gathered = 0 if plan.reshard_after_forward else (layers - 1) * _gathered(run, "layer")
+    gathered = 0 if plan.reshard_after_forward else (layers - 1) * _gathered(run, "layer", plan.dp_shard)
     return state(run, plan.dp_shard), activations, max(works) + gathered
 
 
@@ -233,9 +236,17 @@ def state(run: Run, shards: int) -> float:
     return run.layers * sizes["layer"] + sizes["others"]
 
 
-def _gathered(run: Run, group: str) -> int:
-    """A layer's weights, or the others, as computation needs them."""
-    return _width(run) * sum(elements for _, elements, _ in measure.facts(run.model)[group])
+def _gathered(run: Run, group: str, shards: int) -> int:
+    """A layer's weights, or the others, as computation needs them. One shard never copies frozen ones."""
+    parts = measure.facts(run.model)[group]
+    return _width(run) * sum(elements for _, elements, trained in parts if trained or shards > 1)
+
+
+def _trained(run: Run) -> int:
+    """The number of parameters that train."""
+    found = measure.facts(run.model)
+    layer, others = (sum(n for _, n, trained in found[group] if trained) for group in ("layer", "others"))
+    return run.layers * layer + others
 
 
 def _width(run: Run) -> int:
@@ -277,7 +288,7 @@ def step_seconds(run: Run, plan: Plan) -> float:
     computing, sending = _computing_seconds(run, plan), _sending_seconds(run, plan)
     both = computing + sending if run.on_cpu else max(computing, sending)
     micro_batch = both + sending / run.layers  # nothing hides the first layer's
-    updating = STATE_PASSES * state(run, plan.dp_shard) / (run.device.memory_gbps * 1e9)
+    updating = STATE_PASSES * 16 * _trained(run) / plan.dp_shard / (run.device.memory_gbps * 1e9)
     return plan.grad_accumulation_steps * micro_batch + updating
 
 
@@ -292,22 +303,25 @@ def _computing_seconds(run: Run, plan: Plan) -> float:
     forward, backward = PASSES["compiled" if run.compiled else "eager"]
     passes = forward * (2 if selective else 1 + again) + backward
     moved = passes * run.layers * _kept(run, "none", tokens)
+    moved += _gathers(plan) * (4 + _width(run)) * _trained(run) / plan.dp_shard  # casts of the master weights
     rate *= run.device.tflops
     return tokens * (products / PRODUCTS + attention / ATTENTION) / rate + moved / (
         run.device.memory_gbps * 1e9
     )
 
 
+def _gathers(plan: Plan) -> float:
+    """How often a layer's weights are cast and gathered in a micro-batch."""
+    return 2 if plan.reshard_after_forward else 1 / plan.grad_accumulation_steps
+
+
 def _sending_seconds(run: Run, plan: Plan) -> float:
     """Weights are gathered for forward and backward, gradients reduced in fp32, in a micro-batch."""
-    layer, others = run.layers * _gathered(run, "layer"), _gathered(run, "others")
-    found = measure.facts(run.model)
-    trained = {name: sum(n for _, n, trained in found[name] if trained) for name in ("layer", "others")}
-    gradients = 4 * (run.layers * trained["layer"] + trained["others"])
+    shards, replicas, gradients = plan.dp_shard, plan.dp_replicate, 4 * _trained(run)
+    layer, others = (_gathered(run, group, shards) for group in ("layer", "others"))
     link, network = run.device.link_gbps * 1e9, min(run.device.link_gbps, NODE_GBPS) * 1e9
-    shards, replicas = plan.dp_shard, plan.dp_replicate
-    gathers = 2 if plan.reshard_after_forward else 1 / plan.grad_accumulation_steps
-    sent = (gathers * layer + others + gradients) * (shards - 1) / shards
+    gathered = _gathers(plan) * run.layers * layer + others
+    sent = (gathered + gradients) * (shards - 1) / shards
     between = 2 * gradients / shards * (replicas - 1) / replicas
     return sent / (link if shards <= run.node_ranks else network) + between / network
 
@@ -344,5 +358,5 @@ def what_would_fit(run: Run) -> str:
     fixes = [f"{fewest} such devices"] if fewest and fewest > run.ranks else []
     fixes += [f"--max_seq_len={longest}"] if 0 < longest < run.model.tokens else []
     if all(trained for _, _, trained in measure.facts(run.model)["layer"]):
-        fixes += ["fewer layers (--num_hidden_layers)", "adapters only (--lora_rank)"]
+        fixes += ["adapters only (--lora_rank)" if run.pretrained else "fewer layers (--num_hidden_layers)"]
     return ", ".join(fixes) or "devices with more memory"
