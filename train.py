@@ -514,7 +514,7 @@ def engine_options(args, engine_name: str, plan):
     on_cuda = torch.cuda.device_count() > 0
     native = on_cuda and engine_name == "native"  # nnScaler neither compiles nor saves in the background
     on = {"auto": native, "on": True, "off": False}
-    demo = args.demo and args.mode == "train" and engine_name == "native"
+    demo = args.demo and engine_name == "native"  # training and --evaluate alike: they agree to the last bit
     compiled = can_compile() if demo and args.compile == "auto" and not on_cuda else on[args.compile]
     recompute = recompute_mode(args)
     if recompute == "auto":  # without a plan; nnScaler's 'dp' cannot recompute
