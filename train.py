@@ -514,8 +514,7 @@ def engine_options(args, engine_name: str, plan):
     on_cuda = torch.cuda.device_count() > 0
     native = on_cuda and engine_name == "native"  # nnScaler neither compiles nor saves in the background
     on = {"auto": native, "on": True, "off": False}
-    demo = args.demo and engine_name == "native"  # training and --evaluate alike: they agree to the last bit
-    compiled = can_compile() if demo and args.compile == "auto" and not on_cuda else on[args.compile]
+    compiled = compiles(args, on_cuda) if engine_name == "native" else on[args.compile]
     recompute = recompute_mode(args)
     if recompute == "auto":  # without a plan; nnScaler's 'dp' cannot recompute
         recompute = "full" if native or (on_cuda and args.pas_policy == "autodist") else "none"
@@ -538,6 +537,12 @@ def check_replicas(args, ranks: int) -> None:
         raise ValueError(f"--dp_replicate {args.dp_replicate} does not divide {ranks} ranks: {fix}")
 
 
+def compiles(args, on_cuda: bool) -> bool:
+    """Does our engine compile? Training and --evaluate alike, so that they agree to the last bit."""
+    return args.compile == "on" or (args.compile == "auto" and (on_cuda or (args.demo and can_compile())))
+
+
+@functools.cache
 def can_compile() -> bool:
     """Does this machine have what torch.compile needs on a CPU? Says so if not."""
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -577,13 +582,11 @@ def plan(args) -> None:
     """Prints the plans for devices that need not be here, and what else would fit; fails if none fits."""
     from trainer import devices, planner
 
-    kind, device = args.device_type, devices.parse_device(args.device_type)
     if args.resume_from:
         raise ValueError("--plan plans what the flags say, not a checkpoint: leave --resume_from out")
     if (ranks := args.world_size or planner.NODE_DEVICES) > planner.MOST_DEVICES:
         raise ValueError(f"--world_size {ranks}: give at most {planner.MOST_DEVICES} devices")
-    if kind == "cpu":
-        device = devices.at_hand(None, ranks)
+    kind, device = args.device_type, devices.parse_device(args.device_type, ranks)
     run = planner_run(args, device, ranks, planner.NODE_DEVICES, kind == "cpu", {})
     plans = planner.search(run)
     if args.output_path:
@@ -635,11 +638,9 @@ def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: 
         raise ValueError(f"{has}: give less, or leave it out")
     sizes, micro = batch_sizes(args, state), args.micro_batch_size
     total, _ = derive_batch_sizes(micro, ranks, *map(sizes.get, ("global_batch_size", ACCUMULATION)))
-    free = (
-        micro == FLAGS["micro_batch_size"][0] and not {"micro_batch_size", ACCUMULATION} & args.given.keys()
-    )
+    given = args.given.keys() & {"micro_batch_size", ACCUMULATION} or micro != FLAGS["micro_batch_size"][0]
     pinned = dict(recompute=recompute_mode(args), dp_replicate=args.dp_replicate)
-    pinned |= dict(micro_batch_size=None if free else micro)
+    pinned |= dict(micro_batch_size=micro if given else None)
     if on_cpu:  # where these save no time, and one rank has nothing to gather
         pinned |= dict(micro_batch_size=micro, dp_replicate=args.dp_replicate or 1)
         pinned |= dict(reshard_after_forward=False) if ranks == 1 else {}
@@ -649,6 +650,7 @@ def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: 
     return planner.Run(
         model=measure.Model(**model),
         device=device,
+        on_cpu=on_cpu,
         limit_gib=args.mem_constraint or (device.memory_gib if on_cpu else planner.usable_gib(device)),
         ranks=ranks,
         node_ranks=min(ranks, node_ranks),
@@ -656,7 +658,7 @@ def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: 
         micro_batch_size=micro,
         pinned={name: value for name, value in pinned.items() if value not in (None, "auto")},
         pretrained=not args.from_scratch,
-        compiled=args.compile == "on" or (args.compile == "auto" and not on_cpu),
+        compiled=compiles(args, not on_cpu),
     )
 
 
@@ -724,7 +726,9 @@ def export_adapter(args) -> None:
     source, flags = open_exported(args, Path(args.export_adapter or f"{args.save_dir}/last"))
     if not (found := lora(flags)):
         raise ValueError(f"{source.path} is of a whole model, not of an adapter: {WHOLE_FIX}")
-    adapters.export_adapter(folder, flags.model_id, found, adapter_readers(source), TensorFileWriter)
+    adapters.export_adapter(
+        folder, flags.model_id, found, source.shapes, source.parameters(), TensorFileWriter
+    )
     print(f"exported {source.path} to {folder}: PeftModel.from_pretrained(model, '{folder}') loads it")
 
 
@@ -744,11 +748,6 @@ def open_exported(args, path: Path):
     # nnScaler's own demo saves no flags and no configuration: this command's flags must describe its model.
     own = {name: args.given[name] for name in args.given.keys() - set(LORA)}
     return source, argparse.Namespace(**{**vars(args), **dict.fromkeys(LORA), **saved, **own})
-
-
-def adapter_readers(source) -> dict:
-    """The name of each of the adapter's tensors -> a function that reads it."""
-    return {name: functools.partial(source.read, f"model.{name}") for name in source.shapes}
 
 
 def export_checkpoint(args, path: Path, folder: Path, dtype: str | None):
@@ -781,7 +780,8 @@ def merge_adapter(source, flags):
     weights = ((name, base.read(name)) for name in base.tensors)
     scale = flags.lora_alpha / flags.lora_rank
     shapes = {name: shape for name, (_, shape) in base.tensors.items()}
-    return shapes, adapters.merged(weights, adapter_readers(source), scale)
+    readers = {name: functools.partial(source.read, f"model.{name}") for name in source.shapes}
+    return shapes, adapters.merged(weights, readers, scale)
 
 
 def generate(args) -> None:

@@ -53,16 +53,17 @@ def merged(
         yield name, torch.addmm(weight.float(), B(), A(), alpha=scale) if A else weight
 
 
-def export_adapter(folder: Path, model_id: str, lora: dict, tensors: dict, writer: Callable) -> None:
+def export_adapter(
+    folder: Path, model_id: str, lora: dict, shapes: dict, tensors: Iterable, writer: Callable
+) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, as peft itself does.
 
-    tensors: name -> function that reads it. writer: as for `export_hf`.
+    shapes, tensors and writer: as for `export_hf`.
     """
     local = model_id == SMOLLM2 or Path(model_id).is_dir()
     base = str(assets.model_folder(model_id).resolve()) if local else model_id
-    read = {PEFT_PREFIX + name: reader for name, reader in tensors.items()}
-    specs = {name: (torch.float32, tuple(reader().shape)) for name, reader in read.items()}
-    pairs = ((name, reader()) for name, reader in read.items())
+    specs = {PEFT_PREFIX + name: (torch.float32, shape) for name, shape in shapes.items()}
+    pairs = ((PEFT_PREFIX + name, tensor) for name, tensor in tensors)
     with exported(folder, "adapter_model.safetensors", specs, pairs, writer) as new:
         more = dict(base_model_name_or_path=base, task_type="CAUSAL_LM", inference_mode=True)
         lora_config(**lora, **more).save_pretrained(new)

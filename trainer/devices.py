@@ -40,8 +40,10 @@ CUDA_NAMES = {
 }
 
 
-def parse_device(text: str) -> Device:
+def parse_device(text: str, node_ranks: int = 1) -> Device:
     """A device by its name in the table, or as GiB:TFLOPS:GBps[:link GBps]. Raises ValueError."""
+    if text == "cpu":  # this machine
+        return at_hand(torch.device("cpu"), node_ranks)
     if text in DEVICES:
         return DEVICES[text]
     try:
@@ -63,12 +65,12 @@ def of(device: torch.device) -> Device | None:
     return next((DEVICES[kind] for pattern, kind in CUDA_NAMES.items() if re.search(pattern, name)), None)
 
 
-def at_hand(device: torch.device | None, node_ranks: int) -> Device:
-    """This rank's device with its own memory; a CPU's (None) is shared by the node's ranks.
+def at_hand(device: torch.device, node_ranks: int) -> Device:
+    """This rank's device with its own memory; a CPU's is shared by the node's ranks.
 
     What the table lacks counts as an A100: a plan compares rates, and its memory is right.
     """
-    if device is None or device.type == "cpu":
+    if device.type == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return DEVICES["cpu"]._replace(memory_gib=pages / 2**30 / node_ranks)
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30

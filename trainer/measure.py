@@ -72,6 +72,7 @@ def point(model: Model, recompute: str, rows: int, ranks: int) -> dict[str, floa
     def compute():
         if not model.now:
             raise NotMeasured(key)
+        # One rank computes with frozen weights themselves, which the tracker cannot follow.
         arguments = model, recompute, rows, dict(dp_shard=max(2, ranks))
         if not torch.distributed.is_initialized():
             return measure(*arguments)

@@ -4,12 +4,13 @@ Memory follows from what `measure` finds at two sizes of a micro-batch; speed is
 bytes unless a name says otherwise.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from trainer import measure
-from trainer.devices import DEVICES, Device
+from trainer.devices import Device
 
 GIB = 2**30
 MODES = ("none", "selective", "full")
@@ -32,6 +33,7 @@ class Run:
 
     model: measure.Model
     device: Device
+    on_cpu: bool
     limit_gib: float  # of what tensors may take of a device
     ranks: int
     node_ranks: int  # those that share a node
@@ -44,10 +46,6 @@ class Run:
     @property
     def layers(self) -> int:
         return measure.facts(self.model)["layers"]
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.device.tflops <= DEVICES["cpu"].tflops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +144,16 @@ def _why(run: Run, plan: Plan, best: Plan | None) -> str:
 
 def _layouts(run: Run) -> Iterator[Plan]:
     """Every layout, without its recompute. All have the same global batch."""
-    rows, given = run.global_batch_size // run.ranks, run.pinned
-    by_node = [run.ranks // run.node_ranks] if run.ranks % run.node_ranks == 0 else []
-    sizes = [run.micro_batch_size * 2**n for n in range(12)]
-    for replicas in (
-        [given["dp_replicate"]] if "dp_replicate" in given else sorted({1, *by_node} - {run.ranks} | {1})
-    ):
-        for size in [given["micro_batch_size"]] if "micro_batch_size" in given else sizes:
-            for reshard in (
-                [given["reshard_after_forward"]] if "reshard_after_forward" in given else (True, False)
-            ):
-                if rows % size == 0:
-                    shape = dict(
-                        dp_shard=run.ranks // replicas, dp_replicate=replicas, reshard_after_forward=reshard
-                    )
-                    yield Plan(**shape, micro_batch_size=size, grad_accumulation_steps=rows // size)
+    rows, free = run.global_batch_size // run.ranks, {}
+    nodes, rest = divmod(run.ranks, run.node_ranks)
+    free["dp_replicate"] = [1, nodes] if not rest and 1 < nodes < run.ranks else [1]
+    free["micro_batch_size"] = [run.micro_batch_size * 2**n for n in range(12)]
+    free["reshard_after_forward"] = [True, False]
+    choices = [[run.pinned[name]] if name in run.pinned else values for name, values in free.items()]
+    for replicas, size, reshard in itertools.product(*choices):
+        if rows % size == 0:
+            shape = dict(dp_shard=run.ranks // replicas, dp_replicate=replicas, reshard_after_forward=reshard)
+            yield Plan(**shape, micro_batch_size=size, grad_accumulation_steps=rows // size)
 
 
 def _recomputes(run: Run, layout: Plan) -> list[Plan]:
@@ -294,7 +287,7 @@ def step_seconds(run: Run, plan: Plan) -> float:
 
 def _computing_seconds(run: Run, plan: Plan) -> float:
     """Matrix products, attention, and all that only moves data, in a micro-batch."""
-    tokens, flops, rate = plan.micro_batch_size * run.model.tokens, measure.facts(run.model)["flops"], 1e12
+    tokens, flops = plan.micro_batch_size * run.model.tokens, measure.facts(run.model)["flops"]
     selective = plan.recompute == "selective"
     again = 0.0 if selective else _again(run, plan)
     products = flops["layers"] * (1 + again / 3) + flops["head"]
@@ -304,10 +297,8 @@ def _computing_seconds(run: Run, plan: Plan) -> float:
     passes = forward * (2 if selective else 1 + again) + backward
     moved = passes * run.layers * _kept(run, "none", tokens)
     moved += _gathers(plan) * (4 + _width(run)) * _trained(run) / plan.dp_shard  # casts of the master weights
-    rate *= run.device.tflops
-    return tokens * (products / PRODUCTS + attention / ATTENTION) / rate + moved / (
-        run.device.memory_gbps * 1e9
-    )
+    multiplying = tokens * (products / PRODUCTS + attention / ATTENTION) / (run.device.tflops * 1e12)
+    return multiplying + moved / (run.device.memory_gbps * 1e9)
 
 
 def _gathers(plan: Plan) -> float:
