@@ -9,6 +9,9 @@ import pytest
 from helpers.runs import make_text, outputs, python, torchrun
 
 import train
+from cli.flags import parse_args
+from cli.settings import batch_sizes
+from llama3 import presets
 
 # The flags of every case. The folders and files are those of `place`.
 GOOD = "--model_id=model --dataset_id=text.jsonl --max_seq_len=32 --precision=fp32 --global_batch_size=4"
@@ -206,18 +209,18 @@ def test_a_missing_last_is_a_warning_and_a_fresh_start(flags, tmp_path, caplog):
 
 
 def test_an_explicit_flag_beside_a_preset_wins():
-    args = train.parse_args(["--demo", "--max_seq_len=128", "--learning_rate=1e-3"])
+    args = parse_args(["--demo", "--max_seq_len=128", "--learning_rate=1e-3"])
     assert (args.max_seq_len, args.learning_rate, args.model_id) == (128, 1e-3, "smollm2-135m")
-    mini = train.parse_args(["--mini", "--num_hidden_layers=2"])
+    mini = parse_args(["--mini", "--num_hidden_layers=2"])
     assert (mini.from_scratch, mini.num_hidden_layers, mini.max_seq_len) == (True, 2, 4096)
     assert mini.dataset_path == "./bookcorpus-4096" and mini.tokenizer_id == "llama3"
 
 
 def test_an_explicit_batch_flag_wins_over_checkpoint_and_demo():
-    def sizes(*flags, resumed=None):
-        return train.batch_sizes(train.parse_args(flags), resumed)
+    def sizes(*given, resumed=None):
+        return batch_sizes(parse_args(given), resumed)
 
-    assert sizes("--demo") == {"global_batch_size": train.presets.DEMO["global_batch_size"]}
+    assert sizes("--demo") == {"global_batch_size": presets.DEMO["global_batch_size"]}
     assert sizes("--demo", "--grad_accumulation_steps=3") == {"grad_accumulation_steps": 3}
     assert sizes(resumed={"global_batch_size": 64}) == {"global_batch_size": 64}
     assert sizes("--global_batch_size=16", resumed={"global_batch_size": 64}) == {"global_batch_size": 16}

@@ -13,6 +13,7 @@ from helpers import runs
 from helpers.runs import assert_same, outputs, python, rows, run_cases, torchrun
 
 import train
+from cli.flags import parse_args
 from trainer import ranks
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import load_batches
@@ -121,7 +122,7 @@ def group():
 def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path, monkeypatch):
     def trainer(name, *more):
         every = ["--save_every_n_train_steps=2", "--max_train_steps=5", *outputs(tmp_path / name)]
-        return train.build_trainer(train.parse_args([*flags, *every, *more]))[0]
+        return train.build_trainer(parse_args([*flags, *every, *more]))[0]
 
     stopped, seen = trainer("stopped"), []
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from cli.flags import parse_args
 from llama3.loss import chunked_cross_entropy
 from llama3.model import Llama
 from trainer import ranks
@@ -220,7 +221,7 @@ def test_a_base_that_moved_and_was_cut_into_other_files_is_the_same(runs, flags,
 def test_only_adapters_have_gradients_optimizer_state_and_master_weights(flags, tmp_path, precision, width):
     given = [*flags, *ADAPTER, f"--precision={precision}", "--max_train_steps=1", *outputs(tmp_path)]
     with ranks.process_group():
-        job, _ = train.build_trainer(train.parse_args(given))
+        job, _ = train.build_trainer(parse_args(given))
         job.run()
     adapter = list(job.names)
     frozen = [p for name, p in job.model.named_parameters() if "lora_" not in name]

@@ -135,6 +135,7 @@ def test_bf16_keeps_rope_frequencies_and_master_weights_in_fp32(runs):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
+from cli.flags import parse_args
 from trainer import ranks
 def check(run):
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
@@ -142,7 +143,7 @@ def check(run):
     assert {{value.dtype for value in (*run.model.buffers(), *moments)}} == {{torch.float32}}
     print(len(moments), "checked")
 with ranks.process_group():
-    trainer, _ = train.build_trainer(train.parse_args())
+    trainer, _ = train.build_trainer(parse_args())
     trainer.args.hook.on_train_end = check
     trainer.run()
 """)

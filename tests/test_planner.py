@@ -12,15 +12,17 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import llama3.model  # noqa: F401  registers its attention
 import train
+from cli.flags import parse_args
+from cli.planning import planner_run
 from trainer import devices, measure, parallel, planner
 
 SIZE_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
 SIZE_70B |= dict(num_key_value_heads=8, vocab_size=128256, model_type="llama")
 
 
-def planned(kind: str, ranks: int, *flags: str) -> planner.Run:
-    args = train.parse_args([*flags])
-    return train.planner_run(args, devices.parse_device(kind), ranks, 8, kind == "cpu", {})
+def planned(kind: str, ranks: int, *given: str) -> planner.Run:
+    args = parse_args([*given])
+    return planner_run(args, devices.parse_device(kind), ranks, 8, kind == "cpu", {})
 
 
 def gib(run: planner.Run, plan: planner.Plan) -> float:
