@@ -103,7 +103,7 @@ def _resume_paths(wanted: str | None, save_dir: Path, engine: str) -> list[Path]
         if not paths:
             logger.warning("resume_from: there is no '%s' checkpoint in %s: a fresh start", wanted, save_dir)
         elif not link.exists():
-            logger.warning("WARNING: %s names no checkpoint. Falling back to %s", link, paths[0])
+            paths.insert(0, link)  # it is refused with a reason
     for path in paths:
         if path.exists() and is_nnscaler(path) != (engine == "nnscaler"):
             fix = "resume with that engine, or start from its weights (--export_hf, then --model_id)"

@@ -56,32 +56,31 @@ def process_group(timeout_seconds: int = 600) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def together(action: Callable, *args):
+def together(action: Callable, *args, group=None):
     """Calls the action on every rank and returns its result; what one rank raises, all raise."""
     result, told = None, None
     try:
         result = action(*args)
     except (ValueError, OSError, TrainingFailed) as error:
         told = error
-    gathered(told)
+    gathered(told, group)
     return result
 
 
-def gathered(mine) -> list:
+def gathered(mine, group=None) -> list:
     """What each rank gives; raises the first exception among that."""
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group)
     for error in found:
         if isinstance(error, Exception):
             raise error
     return found
 
 
-def by_first_rank(action: Callable, *args):
+def by_first_rank(action: Callable, *args, group=None):
     """Rank 0 calls the action; all ranks return its result, or raise what it raised."""
-    results = [together(action, *args) if dist.get_rank() == 0 else together(lambda: None)]
-    dist.broadcast_object_list(results)
-    return results[0]
+    mine = action if dist.get_rank() == 0 else lambda *_: None
+    return gathered(together(mine, *args, group=group), group)[0]
 
 
 def compare(mine: dict) -> None:

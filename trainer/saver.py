@@ -1,18 +1,16 @@
 """Saves checkpoints that are whole or absent, in a thread if wanted; prunes old ones."""
 
-import functools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from trainer import checkpoint, folders, parallel
+from trainer import checkpoint, folders, parallel, ranks
 from trainer.args import TrainingFailed
 from trainer.checkpoint import CheckpointName, hidden_path, sync_folder
 from trainer.tensorfile import Box, TensorFileWriter
@@ -31,7 +29,7 @@ class Saver:
 
     def __init__(self, save_dir: Path, keep_last: int | None, background: bool, group, resumed: Path | None):
         self.save_dir, self.keep_last, self.background, self.group = save_dir, keep_last, background, group
-        self.is_first = dist.get_rank(group) == 0
+        self.is_first = dist.get_rank() == 0
         self.blocked_seconds = self.total_seconds = 0.0  # of the last save
         link = save_dir / ".good"
         self.good = link.resolve() if link.exists() else None  # the newest from which a step succeeded
@@ -144,7 +142,7 @@ class Saver:
     def _write(
         self, folder: Path, parts: dict[str, Part], state: dict, rng: str, began: float, move_last
     ) -> None:
-        rank, world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
         temporary = hidden_path(folder, "saving")
 
         def prepare():
@@ -161,15 +159,20 @@ class Saver:
                     writer.add(name, data)
                 return file, writer.finish()
 
+        group = dict(group=self.group)
         try:
-            self._on_all_ranks(prepare if rank == 0 else None, folder)
-            files = dict(self._on_all_ranks(write_shard, folder))
-            publish = functools.partial(self._publish, folder, files, state, move_last)
-            self._on_all_ranks(publish if rank == 0 else None, folder)
-        except TrainingFailed:
-            if rank == 0:
+            ranks.by_first_rank(prepare, **group)
+            files = dict(ranks.gathered(ranks.together(write_shard, **group), **group))
+            ranks.by_first_rank(self._publish, folder, files, state, move_last, **group)
+        except OSError as error:  # the same on all ranks
+            if self.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            what = f"{error.strerror or error} ({error.filename or 'while writing'})"
+            fix = "make room or choose another --save_dir, then --resume_from=last"
+            raise TrainingFailed(
+                f"checkpoint {folder} could not be saved: {what}. "
+                f"The checkpoints before it are untouched; {fix}"
+            ) from None
         self.total_seconds = time.perf_counter() - began
 
     def _publish(self, folder: Path, files: dict, state: dict, move_last: bool) -> None:
@@ -185,23 +188,6 @@ class Saver:
         if move_last:
             folders.swap_link(self.save_dir, "last", folder.name)
             sync_folder(self.save_dir)
-
-    def _on_all_ranks(self, action: Callable | None, folder: Path) -> list:
-        """Runs the action on the ranks that have one; returns all results, or raises on every rank."""
-        result, problem = None, None
-        try:
-            result = action() if action else None
-        except OSError as error:
-            problem = (
-                f"checkpoint {folder} could not be saved: {error.strerror or error} "
-                f"({error.filename or 'while writing'}). The checkpoints before it are untouched; "
-                "make room or choose another --save_dir, then --resume_from=last"
-            )
-        answers = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(answers, (result, problem), group=self.group)
-        if problems := [problem for _, problem in answers if problem]:
-            raise TrainingFailed(problems[0])
-        return [result for result, _ in answers]
 
 
 def _host_copy(data: torch.Tensor) -> torch.Tensor:
