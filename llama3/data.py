@@ -237,13 +237,13 @@ def _save(paths: list[Path], folder: Path, known: dict, skip_bad_samples: bool) 
     splits = DatasetDict()
     for split, chosen in (("train", keys >= bound), ("validation", keys < bound)):
         path = folder / f"{split}.arrow"
-        samples = pa.Table.from_batches(shards.write(path, SAMPLE, _pack(paths, T, bound, split)), SAMPLE)
-        splits[split] = Dataset.from_file(str(path))
+        shards.write(path, SAMPLE, _pack(paths, T, bound, split))
+        splits[split] = samples = Dataset.from_file(str(path))
         known["documents"][split] = int(chosen.sum())
         known["samples"][split] = len(samples)
         known["tokens"][split] = len(samples) * T
         known["dropped_tokens"][split] = int(filled[chosen].sum()) - len(samples) * T
-        largest = pc.max(pc.list_flatten(samples["input_ids"])).as_py() or 0
+        largest = pc.max(pc.list_flatten(samples.data["input_ids"])).as_py() or 0
         known["max_token_id"] = max(known["max_token_id"], largest)
     result = folder / "result"
     shutil.rmtree(result, ignore_errors=True)
@@ -325,9 +325,8 @@ def holds_conversations(path: str | Path) -> bool:
 def summary(path: Path, tokenizer) -> str:
     """Counts, the documents' lengths, and a sample in which what is learned stands in brackets."""
     known = read_preparation(path)
-    lines = [
-        f"prepared {path}, without {known['empty_samples']} empty and {known['bad_samples']} bad samples"
-    ]
+    without = f"{known['empty_samples']} empty and {known['bad_samples']} bad samples"
+    lines = [f"prepared {path}, without {without}"]
     for split in ("train", "validation"):
         names = ("documents", "tokens", "samples", "dropped_tokens")
         counts = ", ".join(f"{known[name][split]:,} {name.replace('_', ' ')}" for name in names)
@@ -336,10 +335,8 @@ def summary(path: Path, tokenizer) -> str:
     lines.append(f"  documents by length in tokens: {sizes}")
     kept, dropped = (sum(known[name].values()) for name in ("tokens", "dropped_tokens"))
     if dropped > kept / 9:
-        fix = "give more text or a smaller --max_seq_len"
-        lines.append(
-            f"warning: {dropped:,} of {kept + dropped:,} tokens fill no sample and are dropped: {fix}"
-        )
+        fix = "are dropped: give more text or a smaller --max_seq_len"
+        lines.append(f"warning: {dropped:,} of {kept + dropped:,} tokens fill no sample and {fix}")
     for row in datasets.load_from_disk(str(path / "train")).take(100):
         learned = np.array(row["loss_mask"], bool)
         learned[row["document_starts"]] = False  # these are no targets
@@ -365,8 +362,8 @@ def _hash(value) -> str:
 
 
 def _digest(path: Path) -> str:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 22))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while content := file.read(1 << 22):
+            digest.update(content)
     return digest.hexdigest()

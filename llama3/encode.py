@@ -1,6 +1,5 @@
 """Documents -> token ids, and which of them are to be learned."""
 
-import json
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -63,7 +62,7 @@ class Encoder:
         if document.problem:
             raise BadSample(document.problem)
         if document.messages:
-            return self.conversation(json.loads(document.messages))
+            return self.conversation(document.messages)
         if not document.text:
             return []
         if self.join_tokens:

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,11 +32,11 @@ class BadSample(ValueError):
 
 
 class Document(NamedTuple):
-    """A text, a conversation (a JSON list of messages) or a problem; an empty document has none of them."""
+    """A text, a conversation or a problem; an empty document has none of them."""
 
     where: str
     text: str | None = None
-    messages: str | None = None
+    messages: list[dict] | None = None
     problem: str | None = None
 
 
@@ -77,8 +75,7 @@ def _read_lines(stream: pa.NativeFile, name: str, text_column: str | None) -> It
 
 def _read_parquet(stream: pa.NativeFile, name: str, text_column: str | None) -> Iterator[Document]:
     if not stream.seekable():  # it is compressed, and parquet is read from its end
-        compressed, stream = stream, tempfile.TemporaryFile()
-        shutil.copyfileobj(compressed, stream)
+        stream = pa.py_buffer(stream.read())
     table, first = pq.ParquetFile(stream, buffer_size=READ_BYTES), 1
     columns = _columns(table.schema_arrow.names, text_column)
     for batch in table.iter_batches(ROWS, columns=list(columns), use_threads=False):
@@ -111,7 +108,7 @@ def _document(where: str, load: Callable[[], dict], text_column: str | None) -> 
         columns = _columns(record, text_column)
         if text_column is None and columns in CHATS:
             messages = CHATS[columns](*map(record.get, columns))
-            return Document(where, messages=json.dumps(_checked_messages(messages, columns[0])))
+            return Document(where, messages=_checked_messages(messages, columns[0]))
         (column,) = columns
         text = "" if record[column] is None else _checked_text(record[column], f"column {column!r}")
         return Document(where, text if text.strip() else None)
@@ -183,13 +180,11 @@ def _problem(error: Exception) -> str:
 def _columns(names: Iterable[str], text_column: str | None) -> tuple[str, ...]:
     """The columns to read: the one that is named, those of a conversation, or the text."""
     forms = [(text_column,)] if text_column else [*CHATS, ("text",)]
-    found = next((form for form in forms if all(name in names for name in form)), None)
-    return found or _no_column(forms[-1][0], names)
-
-
-def _no_column(column: str, names: Iterable[str]):
+    for form in forms:
+        if all(name in names for name in form):
+            return form
     found = ", ".join(map(repr, names)) or "none"
-    raise BadSample(f"no column {column!r} but {found}: name the text's with --text_column")
+    raise BadSample(f"no column {forms[-1][0]!r} but {found}: name the text's with --text_column")
 
 
 def find_files(dataset_id: str) -> list[Path] | None:

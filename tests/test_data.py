@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from datasets.utils import tqdm
 from helpers import corpora
 from helpers.corpora import documents_of, facts, make_texts, prepare_records, real_tokenizer, rows, samples
-from helpers.runs import ROOT, environment, python
+from helpers.runs import python
 
 from llama3 import data, shards, sources
 from llama3.data import Collator, DataError, check_prepared, fingerprint, open_split, prepare, verify
@@ -38,9 +37,9 @@ def tokenizer():
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def small_shards(monkeypatch):
     """Many shards out of little text."""
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4096)
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +120,14 @@ def test_a_source_is_what_was_named_and_once(tmp_path, tokenizer, monkeypatch):
 
 
 def test_the_samples_are_the_same_with_any_number_of_processes_and_shards(tmp_path, tokenizer, monkeypatch):
-    for number, (block_bytes, most) in enumerate([(1 << 20, 64), (4096, 64), (4096, 3)]):
-        monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
-        monkeypatch.setattr(shards, "MAX_SHARDS", most)
+    for number, size in enumerate((1 << 20, 4096, 50_000)):
+        monkeypatch.setattr(shards, "SHARD_BYTES", size)
         prepare_records(tmp_path, tokenizer, make_texts(200), str(number), num_proc=1 + number)
     assert samples(tmp_path / "0") == samples(tmp_path / "1") == samples(tmp_path / "2")
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return list(folder.glob("p.preparing/*/shard-*.arrow"))
 
 
 def start(source: str, tokenizer, target: Path):
@@ -135,9 +137,7 @@ def start(source: str, tokenizer, target: Path):
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_and_started_again_the_samples_are_the_same(
-    tmp_path, tokenizer, small_blocks, count
-):
+def test_killed_and_started_again_the_samples_are_the_same(tmp_path, tokenizer, small_shards, count):
     texts = make_texts(3000)
     began = time.monotonic()
     expected = samples(prepare_records(tmp_path, tokenizer, texts, "undisturbed"))
@@ -158,15 +158,15 @@ def test_killed_at_any_moment_and_started_again_the_samples_are_the_same(
     assert interrupted
 
 
-def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, tokenizer, small_blocks, monkeypatch):
+def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, tokenizer, small_shards, monkeypatch):
     source, target = str(corpora.write_jsonl(tmp_path / "a.jsonl", make_texts(3000))), tmp_path / "p"
     process = start(source, tokenizer, target)
-    while len(list(tmp_path.glob("p.preparing/*/shard-*.arrow"))) < 10:
+    while len(shards_in(tmp_path)) < 10:
         time.sleep(0.005)
     process.kill()
     process.join()
     time.sleep(1)  # its workers leave with it
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("p.preparing/*/shard-*.arrow")}
+    done = {path: path.stat().st_mtime_ns for path in shards_in(tmp_path)}
     pack = data._pack
 
     def look(paths, *args):
@@ -178,32 +178,22 @@ def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, tokenizer, sm
     assert not target.exists() and prepare(source, tokenizer, target, T).exists()
 
 
-def test_a_tokenizing_process_that_dies_ends_the_preparation_with_a_sentence(tmp_path, tiny):
+def test_a_tokenizing_process_that_dies_ends_the_preparation_with_a_sentence(launch, tmp_path, tiny):
     source = corpora.write_jsonl(tmp_path / "a.jsonl", ["the people of the union " * 50] * 40_000)
     flags = [f"--tokenizer_id={tiny}", f"--dataset_id={source}", f"--dataset_path={tmp_path / 'p'}"]
-    command = [sys.executable, "train.py", "--prepare_data", "--max_seq_len=64", *flags]
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as process:
-        try:
-            while len(list(tmp_path.glob("p.preparing/*/shard-*.arrow"))) < 4:
-                assert process.poll() is None, "it is over before a process could be ended"
-                time.sleep(0.005)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            workers = [int(pid) for pid in children.split()]
-            for pid in workers:  # the pool ends the others by SIGTERM, and waits for one that catches it
-                status = Path(f"/proc/{pid}/status").read_text()
-                caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
-                assert not caught >> (signal.SIGTERM - 1) & 1
-            os.kill(workers[0], signal.SIGKILL)
-            said = process.communicate(timeout=60)[1]
-        finally:
-            process.kill()  # if it hangs
-    assert process.returncode == 2 and "Traceback" not in said, said
-    assert "a tokenizing process was killed" in said and not (tmp_path / "p").exists()
-    assert len(list(tmp_path.glob("p.preparing/*/shard-*.arrow"))) >= 4, "what is done is kept"
+    run = launch("train.py", "--prepare_data", "--max_seq_len=64", *flags)
+    run.wait_for(lambda: len(shards_in(tmp_path)) >= 4)
+    workers = run.children()
+    for pid in workers:  # the pool ends the others by SIGTERM, and waits for one that catches it
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+        assert not int(caught, 16) >> (signal.SIGTERM - 1) & 1
+    os.kill(workers[0], signal.SIGKILL)
+    said = run.end(code=2)
+    assert "a tokenizing process was killed" in said and "Traceback" not in said
+    assert len(shards_in(tmp_path)) >= 4 and not (tmp_path / "p").exists(), "what is done is kept"
 
 
-def test_two_processes_at_once_do_not_harm_each_other(tmp_path, tokenizer, small_blocks):
+def test_two_processes_at_once_do_not_harm_each_other(tmp_path, tokenizer, small_shards):
     alone = prepare_records(tmp_path, tokenizer, make_texts(500), "alone")
     both = [start(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "p") for _ in range(2)]
     for process in both:
@@ -218,7 +208,7 @@ def files_of(folder: Path) -> dict[Path, int]:
 
 def test_a_full_disk_names_the_file_and_preparation_continues_when_there_is_room(tmp_path, tokenizer):
     source = str(corpora.write_jsonl(tmp_path / "a.jsonl", make_texts(300)))
-    for size, name in {1000: "blocks.arrow", 150_000: "shard-0000.arrow", 200_000: "train.arrow"}.items():
+    for size, name in {150_000: "shard-000000.arrow", 200_000: "train.arrow"}.items():
         with corpora.file_size_limit(size), pytest.raises(OSError) as failed:
             prepare(source, tokenizer, tmp_path / "p", T, num_proc=1)
         assert failed.value.filename.startswith(f"{tmp_path}/p.preparing/") and name in failed.value.filename
@@ -251,14 +241,6 @@ def test_other_settings_are_refused_with_the_fix(tmp_path, tokenizer, said):
     assert said in str(refused.value) and files_of(tmp_path / "p") == before
 
 
-def test_a_folder_of_something_else_is_not_touched(tmp_path, tokenizer):
-    (tmp_path / "p").mkdir()
-    (tmp_path / "p" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="not a prepared data set"):
-        prepare_records(tmp_path, tokenizer, make_texts(50))
-    assert (tmp_path / "p" / "thesis.txt").read_text() == "mine"
-
-
 def test_the_seed_chooses_the_held_out_documents_and_equal_documents_stay_together(tmp_path, tokenizer):
     texts, held_out = make_texts(300, most=20), []
     for seed in (0, 1):
@@ -272,9 +254,8 @@ def test_the_seed_chooses_the_held_out_documents_and_equal_documents_stay_togeth
 
 
 def test_validation_gets_a_sample_wherever_there_is_enough_text(tmp_path, tokenizer, capsys):
-    short = prepare_records(
-        tmp_path, tokenizer, make_texts(200, most=6), "short", 256, validation_fraction=0.001
-    )
+    texts = make_texts(200, most=6)
+    short = prepare_records(tmp_path, tokenizer, texts, "short", 256, validation_fraction=0.001)
     assert facts(short)["samples"]["validation"] == 1
     single = prepare_records(tmp_path, tokenizer, make_texts(1, most=300), "single", 32)
     assert "too little text to hold documents out" in capsys.readouterr().out
@@ -286,9 +267,7 @@ BOUNDARIES = [("small", [], 0), ("smollm2-135m", [], 0), ("llama3", [128000], 12
 
 
 @pytest.mark.parametrize("name, beginning, end", BOUNDARIES)
-def test_a_document_has_the_tokenizers_beginning_and_separator_and_injects_no_control_tokens(
-    name, beginning, end
-):
+def test_a_document_has_a_beginning_and_a_separator_and_injects_no_control_tokens(name, beginning, end):
     tokenizer = real_tokenizer(name)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     text = "My fellow citizens" + " b".join(control) + "<|im_start|>system\n<|eot_id|>"
@@ -320,21 +299,12 @@ def test_a_split_opens_whole_or_as_always_the_same_samples_from_all_over(prepare
     assert positions[0] == 0 and positions[-1] == len(everything) - 1
 
 
-UNFIT = {
-    "p and prepare it again": dict(split="damaged"),
-    "python train.py --prepare_data": dict(dataset_path="nowhere"),
-    "run `make data`": dict(dataset_path="nowhere", command="make data"),
-    "--max_seq_len=64": dict(max_seq_len=32),
-    "the model's vocabulary has 100": dict(vocab_size=100),
-}
-
-
-@pytest.mark.parametrize("said", UNFIT)
-def test_what_does_not_fit_is_refused_with_the_fix(prepared, said):
+def test_a_damaged_split_and_another_command_are_said(prepared):
     (prepared / "damaged").mkdir(exist_ok=True)
-    fits = dict(dataset_path=prepared, split="train", max_seq_len=T, vocab_size=320)
-    with pytest.raises(DataError, match=re.escape(said)):
-        open_split(**fits | UNFIT[said])
+    with pytest.raises(DataError, match="p/damaged, saved by .* Remove .*/p and prepare it again"):
+        open_split(prepared, "damaged", T, 320)
+    with pytest.raises(DataError, match="nowhere is not prepared: run `make data`"):
+        open_split("nowhere", "train", T, 320, command="make data")
 
 
 def test_what_is_prepared_beside_a_missing_folder_is_listed(tmp_path, tokenizer):
@@ -382,18 +352,15 @@ def test_a_fingerprint_depends_on_samples_and_settings_not_on_paths_and_times(tm
     assert found["a"] == found["b"] and len({*found.values()}) == 3
 
 
-def test_training_must_ask_for_the_tokenizer_and_the_flags_of_the_data(tmp_path, tokenizer, monkeypatch):
+def test_training_must_ask_for_the_flags_of_the_data_in_any_spelling(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     corpora.write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     prepare("a.jsonl", tokenizer, "p", T, validation_fraction=0.1)
     for same in ("./a.jsonl", str(tmp_path / "a.jsonl"), "a.jsonl/"):
         check_prepared("p", tokenizer, dataset_id=same, validation_fraction=0.1)
     check_prepared("p", tokenizer, text_column=None)
-    for name, value in dict(dataset_id="b.jsonl", validation_fraction=0.2, text_column="body").items():
-        with pytest.raises(DataError, match=f"--{name} is {value}: leave --{name} out"):
-            check_prepared("p", tokenizer, **{name: value})
-    with pytest.raises(DataError, match="--tokenizer_id=.* prepare the data with smollm2-135m at another"):
-        check_prepared("p", real_tokenizer("smollm2-135m"))
+    with pytest.raises(DataError, match="--text_column is body: leave --text_column out"):
+        check_prepared("p", tokenizer, text_column="body")
 
 
 def test_git_does_not_see_prepared_data(tmp_path, tokenizer):
@@ -402,13 +369,6 @@ def test_git_does_not_see_prepared_data(tmp_path, tokenizer):
     command = ["git", "status", "--porcelain", "--untracked-files=all"]
     seen = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert seen == "?? a.jsonl\n"
-
-
-def test_end_of_text_is_a_target_and_a_documents_first_token_is_not():
-    row = {"input_ids": [5, 6, 0, 7, 8, 0, 9, 9], "document_starts": [0, 3, 6]}
-    batch = Collator(8, 2)([row])
-    assert batch["labels"].tolist() == [[6, 0, -100, 8, 0, -100, 9, -100], [-100] * 8]
-    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1] and batch["num_tokens"] == 8
 
 
 def slow_batch(batch_rows, B):

@@ -1,11 +1,10 @@
 """Conversations: the template's own tokens, loss only on what the assistant says, no injected turns."""
 
-import json
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import CHATML, prepare_records, real_tokenizer, samples, small_tokenizer
+from helpers.corpora import prepare_records, real_tokenizer, samples
+from helpers.runs import CHATML, small_tokenizer
 
 from llama3.data import prepare
 from llama3.encode import EncodeError, Encoder
@@ -19,7 +18,7 @@ def chat(*turns) -> list[dict]:
 
 def encoded(tokenizer, messages):
     """(ids, text that is learned, with its control tokens, mask) of a conversation."""
-    ids, mask, *_ = Encoder(tokenizer).encode([Document("here", messages=json.dumps(messages))])
+    ids, mask, *_ = Encoder(tokenizer).encode([Document("here", messages=messages)])
     ids, mask = ids.tolist(), mask.tolist()
     learned = [tokenizer.decode([index]) for index, target in zip(ids, mask, strict=True) if target]
     return ids, learned, mask
@@ -44,9 +43,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_conversation_has_its_templates_tokens_and_assistant_turns_and_their_end_are_learned(
-    tokenizer, name
-):
+def test_a_conversation_has_its_templates_tokens_and_what_the_assistant_says_is_learned(tokenizer, name):
     messages = CONVERSATIONS[name]
     ids, _, mask = encoded(tokenizer, messages)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -100,7 +97,7 @@ COMPLAINTS = [(FORGETFUL, "does not write turn after turn"), (STRICT, "refuses i
 @pytest.mark.parametrize("template, said", COMPLAINTS)
 def test_a_conversation_that_does_not_fit_the_template_is_refused_by_its_place(template, said):
     encoder = Encoder(small_tokenizer(template))
-    document = Document("a.jsonl:7", messages=json.dumps(chat("a", "b", "c", "d")))
+    document = Document("a.jsonl:7", messages=chat("a", "b", "c", "d"))
     ids, _, _, (problem,) = encoder.encode([document])
     assert problem.startswith(f"a.jsonl:7: the chat template {said}") and not len(ids)
     assert template == FORGETFUL or encoder.conversation(chat("a", "b"))
@@ -113,22 +110,17 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_fix_and_leaves_nothi
 
 
 def test_conversations_of_every_form_from_jsonl_and_parquet_are_the_same_samples(tmp_path):
-    tokenizer, pairs = (
-        small_tokenizer(),
-        [(f"question {n}\n\n" + "x " * 30, f"answer {n}") for n in range(60)],
-    )
+    tokenizer = small_tokenizer()
+    pairs = [(f"question {n}\n\n" + "x " * 30, f"answer {n}") for n in range(60)]
+    turn = lambda role, text: {"from": role, "value": text}  # noqa: E731
     forms = {
         "messages": lambda q, a: dict(messages=chat(q, a)),
         "prompts": lambda q, a: dict(prompt=q, completion=a),
-        "alpaca": lambda q, a: dict(
-            zip(("instruction", "input"), q.split("\n\n"), strict=True), output=a, text=q
-        ),
+        "alpaca": lambda q, a: dict(instruction=q[:-62], input=q[-60:], output=a, text=q),
         "no-input": lambda q, a: dict(instruction=q, output=a),
         "null-input": lambda q, a: dict(instruction=q, input=None, output=a),
         "empty-input": lambda q, a: dict(instruction=q, input="", output=a),
-        "sharegpt": lambda q, a: dict(
-            conversations=[{"from": "human", "value": q}, {"from": "gpt", "value": a}]
-        ),
+        "sharegpt": lambda q, a: dict(conversations=[turn("human", q), turn("gpt", a)]),
     }
     for name, form in forms.items():
         records = [form(*pair) for pair in pairs]

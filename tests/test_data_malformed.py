@@ -6,7 +6,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import facts, make_texts, prepare_records, small_tokenizer, write_jsonl
+from helpers.corpora import facts, make_texts, prepare_records, write_jsonl
+from helpers.runs import small_tokenizer
 
 from llama3 import shards, sources
 from llama3.data import prepare
@@ -142,7 +143,6 @@ def test_what_is_empty_is_skipped_and_counted(tmp_path, name):
 
 # name: (a file and its text, --dataset_id, what the complaint must contain)
 USELESS = {
-    "no such file": (None, "in/none.jsonl", "none.jsonl does not exist"),
     "no such folder": (None, "nowhere/", "does not exist"),
     "a glob of nothing": (None, "in/*.txt", "in/*.txt does not exist"),
     "an empty folder": (None, "in", "has no .txt, .jsonl, .parquet file"),
@@ -150,7 +150,6 @@ USELESS = {
     "nothing but empty files": (("a.jsonl", ""), "in", "0 documents with 0 tokens"),
     "nothing but empty texts": (("a.jsonl", '{"text": ""}\n{"text": " "}'), "in", "0 documents"),
     "a column of a .txt": (("a.txt", "a b c"), "in", "--text_column=body has no meaning for .txt"),
-    "less than one sample": (("a.txt", "a b c"), "in", "fewer than one sample of --max_seq_len=64"),
 }
 
 
@@ -167,7 +166,7 @@ def test_nothing_to_prepare_is_a_sentence(tmp_path, name):
 
 
 def test_the_first_few_of_many_bad_samples_are_named_by_line_and_all_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 2000)  # so that they lie in many shards
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)  # so that they lie in many shards
     lines = [b"{" if number % 3 == 0 else line for number, line in enumerate(LINES * 6, 1)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     with pytest.raises(ValueError, match="60 bad samples") as refused:
