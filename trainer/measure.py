@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -155,19 +154,13 @@ def _cached(key: str, compute: Callable[[], dict]) -> dict:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llama3-demo", "plans")
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     with contextlib.ExitStack() as held:
-        if not (found := _read(file)):
-            with contextlib.suppress(OSError):  # without a cache, each process computes
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(filelock.FileLock(folder / "lock"))
-            if not (found := _read(file)):
-                found = compute()
-                with contextlib.suppress(OSError):
-                    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as temporary:
-                        json.dump(found, temporary)
-                    Path(temporary.name).replace(file)
+        with contextlib.suppress(OSError):  # without a cache, each process computes
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(filelock.FileLock(folder / "lock"))
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError):  # it is not there, or a kill cut it
+            found = compute()
+            with contextlib.suppress(OSError):
+                file.write_text(json.dumps(found))
     return _RESULTS.setdefault(key, found)
-
-
-def _read(file: Path) -> dict | None:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(file.read_text())
