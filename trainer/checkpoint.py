@@ -243,7 +243,7 @@ class Checkpoint:
         for held, reader in self.boxes[name].items():
             common = box.overlap(held)
             if common is not None:
-                out[common.inside(box).slices].copy_(reader.read(name, common.inside(held)))
+                out[common.inside(box)].copy_(reader.read(name, common.inside(held)))
                 missing -= common.size
         if missing:
             lack = f"{missing} of {box.size} elements of tensor {name} are missing"
@@ -279,9 +279,8 @@ class Checkpoint:
         checksum. An earlier merged file is replaced; anything else is not.
         """
         if out_file.exists() and not _is_merged(out_file):
-            raise CheckpointError(
-                f"{out_file} is there, and no merged checkpoint: give another --output_path"
-            )
+            fix = "give another --output_path"
+            raise CheckpointError(f"{out_file} is there, and no merged checkpoint: {fix}")
         self.verify()
         state = {**self.state, "val_loss": self.val_loss}
         metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}

@@ -132,9 +132,8 @@ def make_room(save_dir: Path, home: Path | None, replaced: list[Path]) -> None:
         for path in save_dir.glob(f".{kind}-[0-9]*-[0-9]*"):
             shutil.rmtree(path, ignore_errors=True)
     if replaced:
-        set_aside(
-            save_dir, replaced, "checkpoints that this run does not continue" if home else "another run"
-        )
+        what = "checkpoints that this run does not continue" if home else "another run"
+        set_aside(save_dir, replaced, what)
     if home:
         good = save_dir / ".good"
         if good.is_symlink() and checkpoint.step_of(good.readlink()) >= checkpoint.step_of(home):

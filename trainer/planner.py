@@ -93,12 +93,8 @@ def search(run: Run) -> list[Plan]:
     best = min(fast, key=lambda plan: (_again(run, plan), plan.predicted_peak_gib), default=None)
 
     def order(plan: Plan) -> tuple:
-        return (
-            plan is not best,
-            not plan.fits,
-            plan.fits or plan.predicted_peak_gib,
-            -plan.predicted_tokens_per_second,
-        )
+        too_large = 0.0 if plan.fits else plan.predicted_peak_gib
+        return plan is not best, too_large, -plan.predicted_tokens_per_second
 
     return [replace(plan, why=_why(run, plan, best)) for plan in sorted(plans, key=order)]
 

@@ -43,17 +43,14 @@ class Box:
         shape = tuple(min(a + n, b + m) - start for a, n, b, m, start in dims)
         return Box(starts, shape) if all(n > 0 for n in shape) else None
 
-    def inside(self, outer: "Box") -> "Box":
-        """The same part, with offsets counted from the start of `outer`."""
-        return Box(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.shape)
+    def inside(self, outer: "Box") -> tuple[slice, ...]:
+        """Where this box lies in a tensor that holds `outer`."""
+        dims = zip(self.offsets, self.shape, outer.offsets, strict=True)
+        return tuple(slice(a - start, a - start + n) for a, n, start in dims)
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(a, a + n) for a, n in zip(self.offsets, self.shape, strict=True))
 
 
 class TensorFileReader:
@@ -74,12 +71,12 @@ class TensorFileReader:
         except (SafetensorError, OSError, KeyError) as error:
             raise TensorFileError(f"{path} is not a whole safetensors file: {error}") from None
 
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """A part of the tensor on the CPU. It shares the file's mapping: copy it to keep or change it."""
-        return self._file.get_slice(name)[box.slices] if box.shape else self._file.get_tensor(name)
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The tensor or a part, on the CPU. It shares the file's mapping: copy it to keep or change it."""
+        return self._file.get_slice(name)[part] if part else self._file.get_tensor(name)
 
     def tensor_digest(self, name: str) -> str:
-        return tensor_digest(self._file.get_tensor(name))
+        return tensor_digest(self.read(name))
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -89,10 +86,10 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def file_digest(path: Path) -> str:
     """The checksum of the whole file, read in chunks."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while content := file.read(CHUNK_BYTES):
+            digest.update(content)
     return digest.hexdigest()
 
 
