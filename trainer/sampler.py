@@ -54,11 +54,10 @@ class GlobalBatchSampler:
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Dataset indices at these positions of the run."""
         epochs, offsets = np.divmod(positions, self.num_samples)
-        result = offsets.copy()
-        for epoch in np.unique(epochs) if self.shuffle else ():
-            here = epochs == epoch
-            result[here] = epoch_order(self.num_samples, self.seed, int(epoch))[offsets[here]]
-        return result
+        if not self.shuffle:
+            return offsets
+        orders = (epoch_order(self.num_samples, self.seed, int(epoch)) for epoch in epochs)
+        return np.array([order[offset] for order, offset in zip(orders, offsets, strict=True)], np.int64)
 
 
 def load_batches(
