@@ -1,10 +1,12 @@
 """Fixtures that all tests share: a tiny model, prepared text, and the flags of a run on them."""
 
 import gc
+import os
+import signal
 from pathlib import Path
 
 import pytest
-from helpers.runs import make_model, make_text, prepare
+from helpers.runs import Run, make_model, make_text, prepare
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,3 +34,14 @@ def flags(tiny, prepared) -> list[str]:
     """What every run on the tiny model shares."""
     values = ["--max_seq_len=32", "--precision=fp32", "--learning_rate=1e-3", "--global_batch_size=4"]
     return [f"--model_id={tiny}", f"--dataset_path={prepared}", *values]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts python in the background; what still runs after the test is ended."""
+    started = []
+    yield lambda *argv: started.append(Run(tmp_path, *argv)) or started[-1]
+    for run in started:
+        for pid in [*run.ranks(), run.process.pid] if run.process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        run.process.wait()

@@ -1,7 +1,5 @@
 """TrainerArgs derives and refuses as nnScaler's does, with sentences that name the fix."""
 
-import re
-
 import pytest
 import torch
 
@@ -46,31 +44,12 @@ def test_batch_sizes_follow_from_each_other(given, derived):
     assert (args.global_batch_size, args.grad_accumulation_steps) == derived
 
 
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        (
-            dict(ranks=4, micro_batch_size=10, global_batch_size=64),
-            "micro_batch_size 10 x 4 data-parallel ranks does not divide global_batch_size 64: "
-            "use micro_batch_size 4 or 8",
-        ),
-        (
-            dict(micro_batch_size=2, global_batch_size=64, grad_accumulation_steps=3),
-            "= 12 is not global_batch_size 64: leave grad_accumulation_steps out",
-        ),
-        (dict(precision="fp16"), "precision is 'fp16': choose one of fp32, bf16"),
-        (dict(pas_policy="pp"), "pas_policy is 'pp': choose one of autodist, dp"),
-    ],
-)
-def test_wrong_values_are_refused_in_a_sentence(wrong, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        make(**wrong)
-
-
 def test_all_problems_come_at_once():
     with pytest.raises(ValueError) as caught:
-        make(micro_batch_size=10, global_batch_size=64, precision="fp64", pas_policy="tp")
-    assert all(word in str(caught.value) for word in ("global_batch_size 64", "fp64", "tp"))
+        make(micro_batch_size=10, global_batch_size=64, precision="fp64", pas_policy="pp")
+    said = "does not divide global_batch_size 64", "precision is 'fp64': choose one of fp32, bf16"
+    said += ("pas_policy is 'pp': choose one of autodist, dp",)
+    assert all(words in str(caught.value) for words in said)
 
 
 def test_a_field_that_is_not_there_is_pythons_own_error():

@@ -106,12 +106,9 @@ def test_rope_is_read_as_either_generation_of_transformers_saved_it(tiny, tmp_pa
     "name, content, reader, words",
     [
         ("config.json", None, load_config, "has no config.json"),
-        ("config.json", b'{"model_type": "gpt2"}', load_config, "type 'gpt2'"),
         ("config.json", b"{", load_config, "config.json cannot be read"),
-        ("tokenizer.json", None, load_tokenizer, "--tokenizer_id=llama3"),
         ("tokenizer.json", b"{", load_tokenizer, "cannot be read"),
         ("model.safetensors", None, weight_files, "--from_scratch"),
-        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", weight_files, "model.safetensors cannot be read"),
     ],
 )
 def test_a_missing_or_damaged_file_is_a_sentence(tiny, tmp_path, name, content, reader, words):
@@ -127,7 +124,6 @@ MAPS = {
     "cannot be read": "{",
     "names '../": '{"weight_map": {"a": "../model.safetensors"}}',
     "names '/etc": '{"weight_map": {"a": "/etc/hosts"}}',
-    "names .*'a'": '{"weight_map": ["a"]}',
     "model.safetensors has no a: ": '{"weight_map": {"a": "model.safetensors"}}',
 }
 
@@ -160,9 +156,7 @@ def test_frequencies_and_a_second_copy_of_tied_embeddings_are_no_parameters(tmp_
 NORM = "model.norm.weight"
 WEIGHTS = {
     f"lack {NORM}": lambda weights: {name: weights[name] for name in weights if name != NORM},
-    "have a surplus other.weight": lambda weights: weights | {"other.weight": torch.ones(2)},
     f"another shape of .*{NORM}": lambda weights: weights | {NORM: torch.ones(2)},
-    "cannot be read .*header": lambda weights: b"these are not weights",
     "cannot be read .*incomplete": lambda weights: save(weights)[:-9],
 }
 
@@ -203,8 +197,6 @@ def test_an_export_names_no_code_and_refuses_foreign_files_and_other_tensors(tin
     (tmp_path / "hf" / "notes.md").write_text("mine")
     with pytest.raises(ValueError, match="something other than an exported model .notes.md."):
         export(tiny, tmp_path / "hf")
-    with pytest.raises(ValueError, match="notes.md is a file, where a folder is needed"):
-        export(tiny, tmp_path / "hf" / "notes.md")
     for name, said in ((NORM, f"a surplus {NORM} .2,"), ("other", "a surplus other .2,")):
         with pytest.raises(ValueError, match=said + ".*--model_id"):
             export(tiny, tmp_path / "new", **{name: torch.ones(2)})

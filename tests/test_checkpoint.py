@@ -52,8 +52,7 @@ def replace(old: bytes, new: bytes):
 
 # The file whose bytes are changed, how, and what the sentence must say beside the file's name.
 ALTERED = {
-    "shard cut by a byte": (S0, lambda data: data[:-1], "bytes"),
-    "shard cut in half": (S1, lambda data: data[: len(data) // 2], "bytes"),
+    "shard cut by a byte": (S1, lambda data: data[:-1], "bytes"),
     "shard empty": (S0, lambda _: b"", "0 bytes"),
     "shard grown": (S0, lambda data: data + b"x", "bytes"),
     "bit flipped in the first byte": (S0, flip(0), ""),
@@ -61,10 +60,7 @@ ALTERED = {
     "bit flipped inside": (S1, flip(-100_000), "checksum"),
     "bit flipped in the last byte": (S0, flip(-1), "checksum"),
     "shard of zeros": (S0, lambda data: bytes(len(data)), ""),
-    "shard is a pickle": (S0, lambda _: pickle.dumps([1]), "bytes"),
-    "manifest empty": (MANIFEST, lambda _: b"", ""),
     "manifest cut": (MANIFEST, lambda data: data[: len(data) // 2], ""),
-    "manifest no JSON": (MANIFEST, lambda _: b"step: 4", ""),
     "manifest not UTF-8": (MANIFEST, lambda _: b"\xff\xfe\x00", ""),
     "manifest a list": (MANIFEST, lambda _: b"[]", ""),
     "manifest with another step": (MANIFEST, replace(b'"step": 4', b'"step": 9'), "own checksum"),
@@ -73,7 +69,6 @@ ALTERED = {
     "manifest without a shard": (MANIFEST, replace(S1.encode(), S0.encode()), "own checksum"),
     "manifest with a file outside": (MANIFEST, replace(S1.encode(), b"../../x"), "own checksum"),
     "merged cut": (MERGED, lambda data: data[: len(data) * 9 // 10], "not a whole"),
-    "merged empty": (MERGED, lambda _: b"", "not a whole"),
     "merged bit flipped in a tensor": (MERGED, flip(-5), "checksum"),
     "merged header broken": (MERGED, flip(8), "not a whole"),
     "merged state altered": (MERGED, replace(b'\\"step\\": 4', b'\\"step\\": 5'), "altered"),
@@ -144,15 +139,6 @@ def test_last_falls_back_to_the_newest_good_one_and_says_so(broken, flags, tmp_p
     assert sorted(rows(tmp_path / "log", "train_loss")) == [3]
 
 
-def test_a_named_bad_checkpoint_is_neither_replaced_by_another_nor_merged(broken, flags, tmp_path, capsys):
-    folder, newest, _ = broken
-    (folder / MERGED).unlink()
-    rewrite(flip(-1))(newest / S1)
-    for wrong in (f"--resume_from={newest}", "--merge_checkpoint"):
-        assert train.main([*flags, wrong, *outputs(tmp_path)]) == 2 and S1 in capsys.readouterr().err
-    assert not list(folder.glob("*merged*")) + list(folder.glob(".*merged*"))
-
-
 class Payload:
     def __reduce__(self):
         return os.system, ("touch pwned",)
@@ -203,21 +189,6 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(broken, flags, tmp_path):
     assert (folder / "last").resolve() == newest and not list(folder.glob(".saving-*"))
 
 
-def test_saving_in_the_background_gives_the_same_files(flags, tmp_path):
-    run = [*flags, "--max_train_steps=6", "--save_every_n_train_steps=1"]
-    cases = {how: [*run, f"--async_save={how}", *outputs(tmp_path / how)] for how in ("on", "off")}
-    run_cases(tmp_path, 2, cases)
-    names = [path.name for path in checkpoint.checkpoints(tmp_path / "on" / "ckpt")]
-    assert len(names) == 6
-    for name in [f"{name}/{shard}" for name in names for shard in SHARDS]:
-        one, other = (load_file(tmp_path / how / "ckpt" / name) for how in ("on", "off"))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    logged = map(json.loads, (tmp_path / "on" / "log" / "metrics.jsonl").read_text().splitlines())
-    costs = [row for row in logged if "save_total_seconds" in row]
-    assert len(costs) == 6
-    assert all(0 < row["save_blocked_seconds"] <= row["save_total_seconds"] for row in costs[:-1])
-
-
 def test_random_number_generators_are_part_of_a_checkpoint():
     draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
     before = setup.rng_state()
@@ -242,12 +213,12 @@ def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "ours").items())
     save_file(tensors, tmp_path / "theirs")
     reader = TensorFileReader(tmp_path / "theirs")
-    assert all(torch.equal(reader.read(name, Box.whole(t.shape)), t) for name, t in tensors.items())
+    assert all(torch.equal(reader.read(name), t) for name, t in tensors.items())
 
 
 def boxed_file(path: Path, matrix: torch.Tensor, box: Box) -> TensorFileReader:
-    boxes = json.dumps({"m": [list(matrix.shape), box.offsets]})
-    write_tensors(path, {"m": matrix[box.slices].contiguous()}, {"rng": "", "boxes": boxes})
+    boxes, part = json.dumps({"m": [list(matrix.shape), box.offsets]}), box.inside(Box.whole(matrix.shape))
+    write_tensors(path, {"m": matrix[part].contiguous()}, {"rng": "", "boxes": boxes})
     return TensorFileReader(path)
 
 

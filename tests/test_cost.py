@@ -36,9 +36,8 @@ def one_step(model_id, counter, recompute="none"):
         trainer = object.__new__(Trainer)  # without a run's data and folders
         trainer.model, trainer.device, trainer.world_size = Llama(str(model_id)), torch.device("cpu"), 1
         trainer.options = NativeOptions(reshard_after_forward=False)
-        parallel.parallelize(
-            trainer.model, trainer.device, "bf16", recompute, False, reshard_after_forward=False
-        )
+        how = dict(precision="bf16", recompute=recompute, compile_layers=False, reshard_after_forward=False)
+        parallel.parallelize(trainer.model, trainer.device, **how)
         trainer.names = setup.fill_weights(trainer.model)
         trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
         trainer.args = type("Args", (), {"optimizer": OptimizerConfig(torch.optim.AdamW, clip_gnorm=1.0)})

@@ -36,12 +36,6 @@ def test_asking_for_nnscaler_where_it_cannot_run_is_a_sentence(flags, tmp_path):
     assert sentence.endswith("or use --engine=native")
 
 
-def test_the_engine_is_the_first_line(flags, tmp_path):
-    folders = [f"--save_dir={tmp_path / 'ckpt'}", f"--log_dir={tmp_path / 'log'}"]
-    done = python("train.py", *flags, *folders, "--max_train_steps=1", "--engine=native")
-    assert done.stderr.splitlines()[0] == "engine: native (--engine=native)"
-
-
 def test_a_pickle_that_holds_more_than_data_is_no_checkpoint(flags, tmp_path):
     """Whatever looks like torch.save's is read with weights_only, so its code never runs."""
     torch.save({"model": print}, tmp_path / "merged.ckpt")

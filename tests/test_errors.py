@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from helpers.runs import make_text, outputs, python, torchrun
+from helpers.runs import make_text, outputs, python
 
 import train
 from cli.flags import parse_args
@@ -32,7 +32,6 @@ WRONG = {
     "--batch-size=2": "--batch-size, did you mean --global_batch_size?",
     "--from_scratch=True": "--from_scratch takes no value, write --from_scratch alone",
     "--prepare_data --evaluate": "--prepare_data, --evaluate, not allowed",
-    "--engine=nnscaler": "nnScaler is not installed, --engine=native",
     # batch sizes
     "--global_batch_size=4096": "text-32 has, training samples, 4096, lower, --global_batch_size",
     "--micro_batch_size=1000": "1000, does not divide, 4, use micro_batch_size 2 or 4",
@@ -62,6 +61,7 @@ WRONG = {
     "--tokenizer_id=other": "another tokenizer (model) than other, --tokenizer_id=model",
     # folders
     "--save_dir=notes": "notes holds files that no run wrote, --save_dir",
+    "--log_dir=notes": "notes holds files that no run wrote, --log_dir, or an empty folder",
     "--save_dir=text.jsonl/ckpt": "text.jsonl/ckpt cannot be written to, another --save_dir",
     "--save_dir=/proc/ckpt": "/proc/ckpt cannot be written to, another --save_dir",
     "--log_dir=/proc/log": "/proc/log cannot be written to, --log_dir",
@@ -71,10 +71,12 @@ WRONG = {
     "--resume_from=checkpoints": "checkpoints is a folder of checkpoints, checkpoints/0000-0002, 'last'",
     "--resume_from=model": "model is a model, --model_id=model",
     "--resume_from=checkpoints/last --model_id=more": "num_hidden_layers 3, not 4, leave out the flags",
+    "--resume_from=last --num_hidden_layers=1": "num_hidden_layers 3, not 1, leave out the flags",
     "--resume_from=last --model_id=theta": "10000.0, not, 500000.0, leave out the flags, --export_hf",
     "--resume_from=last --dataset_id=other.jsonl": "other-32 holds other data, text-32, --allow_changed_data",
     "--resume_from=last --dataset_path=text-32 --dataset_id=other.jsonl": "leave --dataset_id out",
     "--resume_from=last --tokenizer_id=other": "another tokenizer (model), --tokenizer_id=model",
+    "--resume_from=damaged/0000-0002": "0000-0002/shard, does not match its checksum, use another",
     "--resume_from=last --save_dir=damaged": "0000-0002/shard, does not match its checksum, use another",
     "--resume_from=best --save_dir=unlinked": "unlinked holds 0000-0002, no 'best', 'last'",
     "--resume_from=last --save_dir=linked": "linked/last leads to, of another folder, --resume_from=",
@@ -99,6 +101,7 @@ WRONG = {
     "--export_hf=new": "there is no checkpoint new, --output_path is where a result goes",
     "--export_hf --output_path=few.txt": "few.txt is a file, another --output_path",
     "--export_hf --output_path=notes": "notes holds something other, another --output_path",
+    "--export_hf --output_path=other": "other holds something other than an exported model",
     "--export_hf --output_path=checkpoints": "checkpoints holds something other, another --output_path",
     "--export_hf --model_id=theta": "10000.0, not, 500000.0, leave out the flags",
     "--generate= --resume_from=last": "--generate needs a prompt",
@@ -193,14 +196,6 @@ def test_a_gated_model_without_a_token_names_variable_page_and_demo(prepared, tm
     assert done.returncode == 2 and "Traceback" not in done.stderr
     page = "https://huggingface.co/meta-llama/Meta-Llama-3-8B-Instruct"
     assert all(word in done.stderr for word in ("HF_TOKEN", page, "--demo"))
-
-
-@pytest.mark.parametrize("wrong, said", [("--dataset_path=x", "x is not"), ("--prepare_data", "with python")])
-def test_under_torchrun_the_ranks_give_one_clear_message(flags, wrong, said):
-    done = torchrun(2, "train.py", *flags, wrong, check=False)
-    assert done.returncode == 1  # torchrun's own
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
-    assert len(lines) == 1 and said in lines[0]
 
 
 def test_a_missing_last_is_a_warning_and_a_fresh_start(flags, tmp_path, caplog):

@@ -2,32 +2,23 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import runs
-from helpers.runs import outputs, rows
+from helpers.runs import TWO_RANKS, outputs, rows, wait_for
 
 import train
-from trainer import checkpoint, folders, ranks
+from trainer import folders
 from trainer.checkpoint import Checkpoint
 from trainer.loggers import JsonlLogger
 
 
 @pytest.fixture
-def living(flags, tmp_path):
+def living(launch, flags, tmp_path):
     """A run that goes on until the test ends."""
-    with open(tmp_path / "output.txt", "w") as output:
-        command = [sys.executable, "train.py", *flags, *outputs(tmp_path), "--max_train_steps=1000000"]
-        options = dict(cwd=runs.ROOT, env=runs.environment(), stdout=output, stderr=subprocess.STDOUT)
-        process = subprocess.Popen([*command, "--save_every_n_train_steps=200"], **options)
-    last = tmp_path / "ckpt" / "last"
-    runs.wait_for(last.exists, lambda: process.poll() is None, tmp_path / "output.txt")
-    yield process
-    process.kill()
-    process.wait()
+    run = launch("train.py", *flags, "--max_train_steps=1000000", "--save_every_n_train_steps=200")
+    run.wait_for((tmp_path / "ckpt" / "last").exists)
+    return run.process
 
 
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused(living, flags, tmp_path, capsys):
@@ -60,40 +51,15 @@ def test_a_run_that_set_another_aside_holds_its_own_folders(flags, tmp_path, cap
     assert {path.name for path in (tmp_path / "ckpt.1").glob(".*")} == {".good"}
 
 
-def test_ranks_save_and_leave_when_torchrun_is_killed(flags, tmp_path):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train.py",
-    ]
-    options = dict(cwd=runs.ROOT, env=runs.environment(), stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(
-        [*launcher, *flags, *outputs(tmp_path), "--max_train_steps=1000000"], **options
-    )
-    metrics = tmp_path / "log" / "metrics.jsonl"
-    (tmp_path / "none").touch()
-    logged = lambda: metrics.exists() and metrics.read_text()  # noqa: E731
-    runs.wait_for(logged, lambda: process.poll() is None, tmp_path / "none")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    gone = lambda: not any(Path("/proc", pid).exists() for pid in children)  # noqa: E731
-    runs.wait_for(gone, lambda: True, tmp_path / "none", seconds=30)
+def test_ranks_save_and_leave_when_torchrun_is_killed(launch, flags, tmp_path):
+    run = launch(*TWO_RANKS, "train.py", *flags, "--max_train_steps=1000000")
+    run.wait_for_step(1)
+    left = run.ranks()
+    run.process.kill()
+    run.process.wait()
+    gone = lambda: not any(Path("/proc", str(rank)).exists() for rank in left)  # noqa: E731
+    wait_for(gone, lambda: True, run.output, seconds=30)
     assert Checkpoint.open(tmp_path / "ckpt" / "last").state["step"] == max(rows(tmp_path / "log", "lr"))
-
-
-def test_a_folder_that_no_run_made_is_refused_and_stays(flags, tmp_path, capsys):
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    (texts / "mine.txt").write_text("mine")
-    for place in (f"--save_dir={texts}", f"--log_dir={texts}"):
-        assert train.main([*flags, *outputs(tmp_path), place]) == 2
-        said = capsys.readouterr().err
-        assert f"{texts} holds files that no run wrote" in said and "empty folder" in said
-    assert os.listdir(texts) == ["mine.txt"] and os.listdir(tmp_path) == ["texts"]
 
 
 def test_a_linked_save_dir_keeps_its_target(flags, tmp_path):
@@ -137,36 +103,13 @@ def test_a_full_log_dir_saves_a_checkpoint_before_the_run_stops(flags, tmp_path,
     assert Checkpoint.open(tmp_path / "ckpt" / "last").state["step"] == 2
 
 
-def test_what_one_rank_finds_wrong_all_raise():
-    with ranks.process_group():
-        with pytest.raises(checkpoint.CheckpointError, match="here"):
-            ranks.by_first_rank(checkpoint.read_manifest, Path("here"))
-
-
-@pytest.mark.parametrize("ranks_number", [1, 2])
-def test_ctrl_c_saves_and_leaves(flags, tmp_path, ranks_number):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if ranks_number == 2 else []
-    )
-    with open(tmp_path / "output.txt", "w") as output:
-        command = [
-            sys.executable,
-            *launcher,
-            "train.py",
-            *flags,
-            *outputs(tmp_path),
-            "--max_train_steps=1000000",
-        ]
-        options = dict(cwd=runs.ROOT, env=runs.environment(), stdout=output, stderr=subprocess.STDOUT)
-        process = subprocess.Popen(command, **options)
-    metrics = tmp_path / "log" / "metrics.jsonl"
-    runs.wait_for(metrics.exists, lambda: process.poll() is None, tmp_path / "output.txt")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == (1 if ranks_number == 2 else 130)  # torchrun's own code is always 1
-    said, step = (tmp_path / "output.txt").read_text(), max(rows(tmp_path / "log", "lr"))
-    assert (
-        f"SIGINT: saved step {step}" in said
-        and Checkpoint.open(tmp_path / "ckpt" / "last").state["step"] == step
-    )
-    assert "train.py" not in said.split("Traceback")[-1] or ranks_number == 1  # the only one is torchrun's
-    assert "Traceback" not in said or ranks_number == 2
+@pytest.mark.parametrize("launcher, code", [([], 130), (TWO_RANKS, 1)])  # torchrun's own code is always 1
+def test_ctrl_c_saves_and_leaves(launch, flags, tmp_path, launcher, code):
+    run = launch(*launcher, "train.py", *flags, "--max_train_steps=1000000")
+    run.wait_for_step(1)
+    run.process.send_signal(signal.SIGINT)
+    said, step = run.end(code), max(rows(tmp_path / "log", "lr"))
+    assert f"SIGINT: saved step {step}" in said
+    assert Checkpoint.open(tmp_path / "ckpt" / "last").state["step"] == step
+    assert "train.py" not in said.split("Traceback")[-1] or not launcher  # the only one is torchrun's
+    assert "Traceback" not in said or launcher

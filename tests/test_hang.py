@@ -5,14 +5,14 @@ import signal
 import time
 
 import pytest
-from test_interruption import TWO_RANKS, launch  # noqa: F401
+from helpers.runs import TWO_RANKS
 
 ENDLESS = ["--max_train_steps=1000000", "--save_every_n_train_steps=1000000"]
 
 
 @pytest.mark.slow  # torchrun gives a stopped rank 30 s
 @pytest.mark.parametrize("sign, said", [(signal.SIGSTOP, "rank 1 ("), (signal.SIGKILL, "Signal 9")])
-def test_a_rank_that_hangs_or_dies_ends_all(launch, flags, tmp_path, sign, said):  # noqa: F811
+def test_a_rank_that_hangs_or_dies_ends_all(launch, flags, tmp_path, sign, said):
     run = launch(*TWO_RANKS, "train.py", *flags, *ENDLESS, "--timeout_seconds=5")
     run.wait_for_step(3)
     ranks, began = run.ranks(), time.monotonic()

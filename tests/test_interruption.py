@@ -2,23 +2,17 @@
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from helpers import runs
-from helpers.runs import assert_same, outputs, python, rows, run_cases, torchrun
+from helpers.runs import TWO_RANKS, assert_same, outputs, python, rows, run_cases, torchrun
 
 import train
 from cli.flags import parse_args
 from trainer import ranks
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import load_batches
-
-TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,46 +35,6 @@ def test_killed_at_random_moments_a_run_continues_from_a_whole_checkpoint(heavie
     run_cases(tmp_path, 2, {"whole": undisturbed})
     assert len(rows(tmp_path / "log", "train_loss")) == summary["steps"]
     assert_same(tmp_path, tmp_path / "whole")
-
-
-class Run:
-    """A run in the background, in a folder of its own."""
-
-    def __init__(self, folder: Path, *argv):
-        self.folder, self.output = folder, folder / "output.txt"
-        with open(self.output, "w") as f:
-            options = dict(cwd=runs.ROOT, env=runs.environment(), stdout=f, stderr=subprocess.STDOUT)
-            self.process = subprocess.Popen([sys.executable, *argv, *outputs(folder)], **options)
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks that torchrun started, by rank."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
-        ranks = {pid: re.search(rb"\0RANK=(\d+)", found) for pid, found in environments.items()}
-        return sorted((pid for pid in ranks if ranks[pid]), key=lambda pid: int(ranks[pid][1]))
-
-    def wait_for(self, condition) -> None:
-        runs.wait_for(condition, lambda: self.process.poll() is None, self.output)
-
-    def wait_for_step(self, step: int) -> None:
-        metrics = self.folder / "log" / "metrics.jsonl"
-        self.wait_for(lambda: metrics.exists() and f'{{"step": {step},' in metrics.read_text())
-
-    def end(self, code: int) -> str:
-        """Waits for the end, which must have that code; returns what was said."""
-        assert self.process.wait(timeout=120) == code, self.output.read_text()
-        return self.output.read_text()
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Starts python in the background; what still runs after the test is ended."""
-    started = []
-    yield lambda *argv: started.append(Run(tmp_path, *argv)) or started[-1]
-    for run in started:
-        for pid in [*run.ranks(), run.process.pid] if run.process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        run.process.wait()
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "one rank"])

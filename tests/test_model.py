@@ -12,7 +12,6 @@ from llama3.loss import chunked_cross_entropy, loss_and_gradient
 from llama3.model import Llama, attention_by_document, packed_attention
 
 B, T, N, K, H = 2, 24, 4, 2, 8  # rows, tokens, query heads, key-value heads, head size
-BOUNDS = [[0, 24, 48], [0, 10, 24, 30, 48], [0, 1, 2, 24, 47, 48]]
 
 
 def masked_attention(query, key, value, bounds):
@@ -27,16 +26,6 @@ def masked_attention(query, key, value, bounds):
 def queries_keys_values(N=N, K=K, T=T, H=H, **options):
     torch.manual_seed(0)
     return [torch.randn(B, heads, T, H, requires_grad=True, **options) for heads in (N, K, K)]
-
-
-@pytest.mark.parametrize("bounds", BOUNDS)
-def test_attention_and_its_gradients_stay_inside_documents(bounds):
-    ours, theirs = queries_keys_values(), queries_keys_values()
-    out, _ = packed_attention(None, *ours, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-    expected = masked_attention(*theirs, bounds)
-    torch.testing.assert_close(out, expected)
-    found = (torch.autograd.grad(o.square().sum(), x) for o, x in ((out, ours), (expected, theirs)))
-    torch.testing.assert_close(*found)
 
 
 def test_torch_finds_the_attention_operator_as_it_is_declared():
@@ -60,7 +49,7 @@ SHAPES = [(4, 2, 24, 8), (32, 8, 160, 128), (9, 3, 160, 64)]
 def test_attention_on_each_device_and_its_gradients_equal_masked_attention(device, dtype, shape):
     ours, T = queries_keys_values(*shape, device=device, dtype=dtype), shape[2]
     theirs = [x.detach().float().cpu().requires_grad_() for x in ours]
-    for bounds in ([0, T, 2 * T], [0, T // 3, T, T + 1, 2 * T - 5, 2 * T]):
+    for bounds in ([0, T, 2 * T], [0, 1, 2, T // 3, T, T + 1, 2 * T - 1, 2 * T]):
         longest = torch.empty(max(stop - start for start, stop in pairwise(bounds)), 0)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
         out, _ = packed_attention(None, *ours, cu_seqlens=cu_seqlens, longest=longest)

@@ -59,10 +59,7 @@ def test_two_nodes_of_two_ranks_have_the_losses_of_one_rank(nodes, flags, tmp_pa
 
 
 WRONG = {
-    "another learning rate": (
-        "--learning_rate=1e-2",
-        "has --learning_rate 0.01, rank 0 has 0.001: start every",
-    ),
+    "another rate": ("--learning_rate=1e-2", "has --learning_rate 0.01, rank 0 has 0.001: start every"),
     "another end": ("--max_train_steps=3", "has --max_train_steps 3, rank 0 has 2: start every"),
     "a flag that does not exist": ("--learning_rte=1", "did you mean --learning_rate?"),
     "data that are not there": ("", "data is not prepared"),

@@ -16,11 +16,19 @@ WRONG = "--max_train_steps=0"
 SENTENCE = "train.py: --max_train_steps 0: at least 1 is needed"
 
 
-def test_torchrun_names_our_sentence_and_code_as_the_root_cause():
-    done = torchrun(2, "train.py", WRONG, check=False)
+TOGETHER = {
+    WRONG: SENTENCE,
+    "--dataset_path=x": "train.py: x is not prepared",
+    "--prepare_data": "train.py: --prepare_data runs in one process: start it with python",
+}
+
+
+@pytest.mark.parametrize("wrong", TOGETHER)
+def test_torchrun_names_our_sentence_and_code_as_the_root_cause(flags, wrong):
+    done = torchrun(2, "train.py", *flags, wrong, check=False)
     before, root = done.stderr.split("Root Cause")
-    assert done.returncode == 1 and before.count(SENTENCE) == 1
-    assert f"traceback : {SENTENCE}" in root and "exitcode  : 2 " in root and "<N/A>" not in root
+    assert done.returncode == 1 and before.count("train.py: ") == before.count(TOGETHER[wrong]) == 1
+    assert f"traceback : {TOGETHER[wrong]}" in root and "exitcode  : 2 " in root and "<N/A>" not in root
 
 
 def test_a_node_without_rank_0_says_its_sentence_too():

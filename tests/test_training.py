@@ -186,16 +186,6 @@ def test_export_loads_in_transformers_and_has_the_trainers_validation_loss(runs,
     assert found == pytest.approx(rows(run / "log", "val_loss")[10]["val_loss"], rel=1e-4)
 
 
-def test_an_export_replaces_an_export_and_nothing_else(runs, flags, tiny, tmp_path, capsys):
-    export = [*flags, f"--export_hf={runs / '1-full' / 'ckpt' / 'last'}"]
-    mine = shutil.copytree(tiny, tmp_path / "mine")
-    assert train.main([*export, f"--output_path={mine}"]) == 2
-    assert "something other than an exported model" in capsys.readouterr().err
-    assert (mine / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
-    for _ in range(2):
-        assert train.main([*export, f"--output_path={tmp_path / 'hf'}"]) == 0
-
-
 def test_evaluate_prints_the_trainers_validation_loss(runs, flags, tmp_path):
     source = f"--resume_from={runs / '2-full' / 'ckpt' / 'last'}"
     done = torchrun(2, "train.py", *flags, "--evaluate", source, *outputs(tmp_path / "out"))
@@ -232,7 +222,7 @@ def test_plain_python_trains_and_a_fresh_run_sets_the_old_one_aside(flags, tmp_p
     again = python("train.py", *flags, "--max_train_steps=1", *outputs(tmp_path))
     assert (tmp_path / "log.1" / "metrics.jsonl").read_text() == first
     assert all((tmp_path / name / "last" / "manifest.json").is_file() for name in ("ckpt", "ckpt.1"))
-    assert "set aside in" in again.stderr
+    assert "set aside in" in again.stderr and again.stderr.startswith("engine: native (")
 
 
 def test_a_resume_with_nothing_to_do_touches_no_file(runs, flags, tmp_path, caplog):

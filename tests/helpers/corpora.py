@@ -7,27 +7,7 @@ import random
 import resource
 from pathlib import Path
 
-from helpers.runs import WORDS
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def small_tokenizer(chat_template: str | None = CHATML):
-    """Byte-level BPE of 320 tokens; 0 ends a document, 1 begins and 2 ends a turn."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    control, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    options = dict(vocab_size=320, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.BpeTrainer(**options))
-    options = dict(chat_template=chat_template, clean_up_tokenization_spaces=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", **options)
+from helpers.runs import WORDS, small_tokenizer
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,19 @@ WORDS = (
     "commerce and labor prosper in every harbor and field under laws that the congress has made for the "
     "common good of this and later generations"
 ).split()
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 EXACT = ("epoch", "train_loss", "lr", "gnorm", "tokens")
+
+
+def launcher(ranks: int) -> list[str]:
+    """What python starts a script with on so many ranks; torchrun takes a free port."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+TWO_RANKS = launcher(2)
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -40,9 +53,8 @@ def python(*argv, timeout=300, check=True, preexec_fn=None, **env) -> subprocess
 
 
 def torchrun(ranks: int, *argv, **options) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node=RANKS ARGV...`, with a port of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return python(*launcher, *argv, **options)
+    """`torchrun --nproc_per_node=RANKS ARGV...`"""
+    return python(*launcher(ranks), *argv, **options)
 
 
 def run_cases(folder: Path, ranks: int, cases: dict[str, list[str]], env: dict | None = None, **codes: int):
@@ -59,6 +71,38 @@ def wait_for(condition, going_on, output: Path, seconds: float = 90) -> None:
     while not condition():
         assert going_on() and time.monotonic() < deadline, output.read_text()[-3000:]
         time.sleep(0.001)
+
+
+class Run:
+    """A run in the background, in a folder of its own."""
+
+    def __init__(self, folder: Path, *argv):
+        self.folder, self.output = folder, folder / "output.txt"
+        with open(self.output, "w") as f:
+            options = dict(cwd=ROOT, env=environment(), stdout=f, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen([sys.executable, *argv, *outputs(folder)], **options)
+
+    def children(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks that torchrun started, by rank."""
+        environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in self.children()}
+        ranks = {pid: re.search(rb"\0RANK=(\d+)", found) for pid, found in environments.items()}
+        return sorted((pid for pid in ranks if ranks[pid]), key=lambda pid: int(ranks[pid][1]))
+
+    def wait_for(self, condition) -> None:
+        wait_for(condition, lambda: self.process.poll() is None, self.output)
+
+    def wait_for_step(self, step: int) -> None:
+        metrics = self.folder / "log" / "metrics.jsonl"
+        self.wait_for(lambda: metrics.exists() and f'{{"step": {step},' in metrics.read_text())
+
+    def end(self, code: int) -> str:
+        """Waits for the end, which must have that code; returns what was said."""
+        assert self.process.wait(timeout=120) == code, self.output.read_text()
+        return self.output.read_text()
 
 
 def outputs(run: Path) -> list[str]:
@@ -114,19 +158,27 @@ def prepare(model: Path, text: Path, validation_fraction: float, max_seq_len: in
     return folder
 
 
-def make_model(folder: Path, **overrides) -> Path:
-    """A Llama of a few thousand parameters with weights and a tokenizer, saved as a Hugging Face folder."""
-    import torch
+def small_tokenizer(chat_template: str | None = CHATML, *control: str):
+    """Byte-level BPE of 320 tokens; the first are `control`, by default of a document's end and of turns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<|endoftext|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
+    options = dict(special_tokens=list(control) or ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    options |= dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.BpeTrainer(vocab_size=320, **options))
+    options = dict(chat_template=chat_template, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", **options)
+
+
+def make_model(folder: Path, **overrides) -> Path:
+    """A Llama of a few thousand parameters with weights and a tokenizer, saved as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small_tokenizer(None, "<|endoftext|>", "<|im_end|>").save_pretrained(folder)
     values = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
     values |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
     values |= dict(initializer_range=0.1, bos_token_id=None, eos_token_id=1)
