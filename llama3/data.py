@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -173,12 +174,12 @@ def _preparation(path: Path, command: str = PREPARE) -> dict:
     return known
 
 
+@dataclass
 class Collator:
     """Rows -> a batch that is always (micro_batch_size, max_seq_len); a missing row has no targets."""
 
-    def __init__(self, max_seq_len: int, micro_batch_size: int):
-        self.max_seq_len = max_seq_len
-        self.micro_batch_size = micro_batch_size
+    max_seq_len: int
+    micro_batch_size: int
 
     def __call__(self, rows: list[dict]) -> dict:
         """Batch of B = micro_batch_size rows of T = max_seq_len tokens.

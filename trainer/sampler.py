@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState([seed % 2**32, seed >> 32, epoch]).permutation(num_samples)
 
 
+@dataclass
 class GlobalBatchSampler:
     """Sample indices of one rank's micro-batches, for the positions from `start` to `stop` of the run.
 
@@ -23,21 +25,15 @@ class GlobalBatchSampler:
     samples: its micro-batches are shorter, or empty.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        micro_batch_size: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        start: int = 0,
-        stop: int | None = None,
-    ):
-        self.num_samples, self.micro_batch_size = num_samples, micro_batch_size
-        self.accumulation, self.seed, self.shuffle = accumulation, seed, shuffle
-        self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
+    num_samples: int
+    micro_batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    start: int = 0
+    stop: int | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
         position = self.start
