@@ -146,9 +146,8 @@ def from_hub(download: Callable, repo_id: str, kind: str = "model"):
         except Exception as error:
             if (trouble := _hub_trouble(error)) is None:
                 raise
-            # The datasets library itself tries again when the hub is busy.
-            busy = kind == "model" and trouble.startswith(("the hub answered 429", "the hub answered 5"))
-            if wait_seconds is None or not (busy or "dropped" in trouble):
+            passes = any(word in trouble for word in ("answered 429", "answered 5", "dropped"))
+            if wait_seconds is None or not passes:
                 fix = HUB_FIXES.get(trouble, NETWORK_FIX).format(page=page)
                 raise AssetError(f"{kind} {repo_id} cannot be had, {trouble}: {fix}") from error
         time.sleep(wait_seconds)

@@ -49,6 +49,7 @@ def runs(flags, prepared, tmp_path_factory):
     merge = [*flags, *merge, f"--output_path={out / '4-full' / 'merged.ckpt'}"]
     more = case("2-bf16", "--precision=bf16")
     more |= case("2-recomputed", "--recompute=full") | case("2-selective", "--recompute=selective")
+    more |= case("2-one-layer", "--recompute=1")
     run_cases(out, 4, full(4) | {"merge": merge})
     run_cases(out, 2, full(2) | resumed(2, 2) | resumed(2, 4) | more)
     run_cases(out, 1, full(1) | resumed(1, 1) | resumed(1, 4, "merged.ckpt"))
@@ -85,7 +86,7 @@ def test_losses_and_gradient_norms_match_a_plain_loop_over_pefts_model(runs, ref
 def test_bf16_follows_fp32_and_recomputing_changes_no_bit(runs, reference):
     assert column(runs / "2-bf16", "train_loss") == pytest.approx(reference[0], rel=5e-3)
     assert column(runs / "2-bf16", "train_loss") != column(runs / "2-full", "train_loss")
-    for recomputed in ("2-recomputed", "2-selective"):
+    for recomputed in ("2-recomputed", "2-selective", "2-one-layer"):
         assert_same(runs / recomputed, runs / "2-full")
 
 
