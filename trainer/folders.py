@@ -126,8 +126,6 @@ def survey(save_dir: Path, resumed: Checkpoint | None) -> tuple[Path | None, lis
 
 def make_room(save_dir: Path, home: Path | None, replaced: list[Path]) -> None:
     """Sets aside what `survey` found, and removes what a kill left behind."""
-    for link in LINKS:
-        (save_dir / f".{link}.new").unlink(missing_ok=True)
     for kind in ("saving", "doomed"):
         for path in save_dir.glob(f".{kind}-[0-9]*-[0-9]*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -163,9 +161,9 @@ def remove(folder: Path) -> None:
     """Deletes a checkpoint, which is renamed first: half of one must not look like a checkpoint."""
     doomed = checkpoint.hidden_path(folder, "doomed")
     try:
+        checkpoint.validation_path(folder).unlink(missing_ok=True)
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)
         shutil.rmtree(doomed)
-        checkpoint.validation_path(folder).unlink(missing_ok=True)
     except OSError as error:
         logger.warning("WARNING: the old checkpoint %s cannot be removed: %s", folder, error)

@@ -101,12 +101,7 @@ def search(run: Run) -> list[Plan]:
 
 def choose(run: Run, measure_now: bool = True) -> Plan:
     """The best plan; if none fits, the smallest. Raises NotMeasured if it may not measure what it needs."""
-    run = replace(run, model=replace(run.model, now=measure_now))
-    if "reshard_after_forward" in run.pinned and "recompute" not in run.pinned:
-        # Only recompute is free, and none is the fastest: if it fits, the others need no measurement.
-        if (plan := search(replace(run, pinned=run.pinned | {"recompute": "none"}))[0]).fits:
-            return plan
-    return search(run)[0]
+    return search(replace(run, model=replace(run.model, now=measure_now)))[0]
 
 
 def check_state(run: Run, name: str) -> None:

@@ -47,8 +47,6 @@ class Saver:
         """
         self.wait()
         folder = self.save_dir / str(name)
-        if self.is_first:  # an earlier checkpoint of that name may have left its validation
-            checkpoint.validation_path(folder).unlink(missing_ok=True)
         parts = {
             key: (tuple(tensor.shape), parallel.local_box(tensor), parallel.local(tensor))
             for key, tensor in tensors.items()
@@ -181,7 +179,7 @@ class Saver:
         body = json.loads(json.dumps({"state": state, "files": files}))  # as it is read: keys are strings
         _write_json(temporary / checkpoint.MANIFEST, {**body, "checksum": checkpoint.json_digest(body)})
         sync_folder(temporary)
-        if folder.exists():  # never in a run: it saves no step twice, and sets aside what another left
+        if folder.exists():  # a damaged one without a manifest: others are set aside
             folders.remove(folder)
         os.rename(temporary, folder)
         sync_folder(self.save_dir)
