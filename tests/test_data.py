@@ -307,13 +307,6 @@ def test_a_damaged_split_and_another_command_are_said(prepared):
         open_split("nowhere", "train", T, 320, command="make data")
 
 
-def test_what_is_prepared_beside_a_missing_folder_is_listed(tmp_path, tokenizer):
-    prepare_records(tmp_path, tokenizer, make_texts(50))
-    for missing, said in (("q", f"{tmp_path}/p ({tmp_path}/a.jsonl, 64 tokens)"), ("p/q", "nothing")):
-        with pytest.raises(DataError, match=re.escape(f"beside it: {said})")):
-            open_split(tmp_path / missing, "train", T, 320)
-
-
 def test_one_part_of_the_verification_finds_a_changed_or_missing_file(tmp_path, tokenizer):
     folder = prepare_records(tmp_path, tokenizer, make_texts(300))
     verify(folder)

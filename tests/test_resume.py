@@ -66,12 +66,6 @@ def test_a_resume_takes_the_flags_of_its_run_and_names_what_differs(run, caplog)
     assert "--max_train_steps" not in caplog.text.split("resumed from")[0]
 
 
-def test_evaluate_takes_the_model_and_data_of_the_checkpoint(run, capsys):
-    assert train.main(["--evaluate", "--resume_from=last", *outputs(run)]) == 0
-    expected = rows(run / "log", "val_loss")[4]["val_loss"]
-    assert f"val_loss={expected:.6f}" in capsys.readouterr().out
-
-
 def test_other_content_at_the_same_path_is_refused_or_allowed(flags, tiny, refused, tmp_path, caplog):
     text = make_text(tmp_path / "text.jsonl", documents=60, seed=5)
     data = prepare(tiny, text, validation_fraction=0.2)

@@ -184,9 +184,9 @@ def test_export_loads_in_transformers_and_has_the_trainers_validation_loss(runs,
     assert found == pytest.approx(rows(run / "log", "val_loss")[10]["val_loss"], rel=1e-4)
 
 
-def test_evaluate_prints_the_trainers_validation_loss(runs, flags, tmp_path):
+def test_evaluate_prints_the_trainers_validation_loss(runs, tmp_path):
     source = f"--resume_from={runs / '2-full' / 'ckpt' / 'last'}"
-    done = torchrun(2, "train.py", *flags, "--evaluate", source, *outputs(tmp_path / "out"))
+    done = torchrun(2, "train.py", "--evaluate", source, *outputs(tmp_path / "out"))  # with the run's flags
     row = rows(runs / "2-full" / "log", "val_loss")[10]
     expected = f"val_loss={row['val_loss']:.6f} perplexity={row['perplexity']:.6f}"
     assert done.stdout.splitlines()[-1] == expected and not (tmp_path / "out").exists()

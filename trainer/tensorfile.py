@@ -66,8 +66,6 @@ class TensorFileReader:
             self.metadata: dict[str, str] = self._file.metadata() or {}
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
             self.tensors = {name: (DTYPES[s.get_dtype()], tuple(s.get_shape())) for name, s in slices.items()}
-        except FileNotFoundError:
-            raise TensorFileError(f"{path} is missing") from None
         except (SafetensorError, OSError, KeyError) as error:
             raise TensorFileError(f"{path} is not a whole safetensors file: {error}") from None
 
