@@ -4,9 +4,8 @@ import gzip
 import json
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import facts, make_texts, prepare_records, write_jsonl
+from helpers.corpora import facts, make_texts, prepare_records, table_bytes, write_jsonl
 from helpers.runs import small_tokenizer
 
 from llama3 import shards, sources
@@ -35,12 +34,6 @@ def file(name: str, data: bytes):
         (folder / name).write_bytes(data)
 
     return write
-
-
-def table_bytes(column, name: str = "text", **options) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({name: column}), sink, **options)
-    return sink.getvalue().to_pybytes()
 
 
 def parquet(column, **options):

@@ -4,10 +4,8 @@ import json
 import math
 import socket
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import facts, make_texts, rows
+from helpers.corpora import facts, make_texts, rows, table_bytes
 from helpers.hub import serve
 from helpers.runs import python
 
@@ -32,12 +30,6 @@ for case in json.loads(sys.argv[1]):
 print(json.dumps(found), flush=True)
 os._exit(0)  # a thread of pyarrow's may still close a file, and aborts a process that ends in the meantime
 """
-
-
-def parquet(texts) -> bytes:
-    file = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": texts}), file)
-    return file.getvalue().to_pybytes()
 
 
 GATED, DOWN = ["gated", "HF_TOKEN", "--demo", "https://huggingface.co/here/"], ["local folder", "--demo"]
@@ -71,13 +63,13 @@ def hub(tiny):
     script = {"bookcorpus.py": b"raise SystemExit('a data set script was run')", "README.md": b""}
     repos = {("models", f"here/{name}", "main"): model for name in ("good", *TROUBLE)}
     repos |= {("datasets", name, "main"): script for name in ("here/script", "bookcorpus/bookcorpus")}
-    converted = {f"{name}/train/0000.parquet": parquet(SENTENCES[:70]) for name in "ab"}
-    splits = {"train.parquet": parquet(SENTENCES[:300]), "test.parquet": parquet(SENTENCES[:5])}
-    book = {"plain_text/train/0000.parquet": parquet(SENTENCES)}
+    converted = {f"{name}/train/0000.parquet": table_bytes(SENTENCES[:70]) for name in "ab"}
+    splits = {"train.parquet": table_bytes(SENTENCES[:300]), "test.parquet": table_bytes(SENTENCES[:5])}
+    book = {"plain_text/train/0000.parquet": table_bytes(SENTENCES)}
     repos |= {
         ("datasets", "here/rows", "main"): splits,
-        ("datasets", "here/gated", "main"): {"train.parquet": parquet(SENTENCES)},
-        ("datasets", "here/no-train", "main"): {"test.parquet": parquet(SENTENCES)},
+        ("datasets", "here/gated", "main"): {"train.parquet": table_bytes(SENTENCES)},
+        ("datasets", "here/no-train", "main"): {"test.parquet": table_bytes(SENTENCES)},
         ("datasets", "here/script", "refs/convert/parquet"): converted,
         ("datasets", "bookcorpus/bookcorpus", "refs/convert/parquet"): book,
     }

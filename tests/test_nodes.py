@@ -23,17 +23,11 @@ def nodes(flags, prepared, tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
         launcher = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={ranks}"]
-        launcher += [
-            "--rdzv-backend=c10d",
-            endpoint,
-            "--rdzv-id=1",
-            "--local-addr=127.0.0.1",
-            runs.ROOT / "train.py",
-        ]
+        launcher += ["--rdzv-backend=c10d", endpoint, "--rdzv-id=1", "--local-addr=127.0.0.1"]
         started = []
         common = [*flags, "--dataset_path=data", "--max_train_steps=2", *outputs(tmp_path)]
         for name, more in (("first", first), ("second", second)):
-            command = [sys.executable, *launcher, *common, *more]
+            command = [sys.executable, *launcher, runs.ROOT / "train.py", *common, *more]
             options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             started.append(subprocess.Popen(command, cwd=tmp_path / name, env=runs.environment(), **options))
         try:

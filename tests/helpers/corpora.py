@@ -29,6 +29,16 @@ def write_jsonl(path: Path, records: list) -> Path:
     return path
 
 
+def table_bytes(column, name: str = "text", **options) -> bytes:
+    """A parquet file of one column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: column}), sink, **options)
+    return sink.getvalue().to_pybytes()
+
+
 def prepare_records(folder: Path, tokenizer, records: list, name: str = "p", T: int = 64, **settings) -> Path:
     """Write the records as a .jsonl file and prepare it at `folder / name`."""
     from llama3.data import prepare
