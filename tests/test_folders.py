@@ -16,7 +16,7 @@ from trainer.loggers import JsonlLogger
 @pytest.fixture
 def living(launch, flags, tmp_path):
     """A run that goes on until the test ends."""
-    run = launch("train.py", *flags, "--max_train_steps=1000000", "--save_every_n_train_steps=200")
+    run = launch("train.py", *flags, "--max_train_steps=1000000", "--save_every_n_train_steps=50")
     run.wait_for((tmp_path / "ckpt" / "last").exists)
     return run.process
 
