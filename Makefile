@@ -1,11 +1,13 @@
-# make demo: fine-tunes a real model on two ranks, on this machine's CPU.  make test: the tests.  Both set up .venv themselves.
-# make gpu: tests and measures everything on this machine's GPUs.
+# Targets set up .venv themselves; a line with ## is what `make` lists.
 PYTHON ?= python3
 PY := .venv/bin/python
 TORCHRUN := .venv/bin/torchrun --standalone
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow gpu lint clean
+.PHONY: help demo test test-slow images gpu lint clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): requirements.txt requirements-demo.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -16,7 +18,7 @@ $(INSTALLED): requirements.txt requirements-demo.txt requirements-dev.txt
 OUT := demo
 DEMO := --demo --dataset_path=$(OUT)/sotu-512 --save_dir=$(OUT)/checkpoints --log_dir=$(OUT)/log --keep_last_n_checkpoints=1
 
-demo: $(INSTALLED)
+demo: $(INSTALLED)  ## fine-tune a real 135M-parameter Llama on two ranks of this machine's CPU
 	rm -rf $(OUT)/checkpoints $(OUT)/log $(OUT)/hf
 	$(PY) train.py $(DEMO) --prepare_data
 	$(TORCHRUN) --nproc_per_node=2 train.py $(DEMO)
@@ -28,19 +30,22 @@ demo: $(INSTALLED)
 	$(PY) train.py $(DEMO) --model_id=$(OUT)/hf --generate="My fellow Americans, the state of our union"
 	$(PY) -m tools.curves $(OUT)/log
 
-test: $(INSTALLED) lint
+test: $(INSTALLED) lint  ## the tests, about ten minutes on two cores
 	$(PY) -m pytest -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED)  ## the tests that take longer: the demo, kills, memory
 	$(PY) -m pytest -m slow
 
+images: $(INSTALLED)  ## draw images/ again, from real runs: about an hour
+	$(PY) benchmarks/images.py
+
 # Installs nothing: a GPU machine may have a torch of its own, and no network.
-gpu:
+gpu:  ## test and measure everything on this machine's GPUs
 	$(or $(wildcard $(PY)),$(PYTHON)) benchmarks/gpu.py
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## check the style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-clean:
+clean:  ## remove what these targets made, except .venv
 	rm -rf demo .pytest_cache .ruff_cache

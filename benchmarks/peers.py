@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import io
+import json
 import statistics
 import subprocess
 import sys
@@ -129,7 +130,8 @@ def measure_start() -> None:
     print(f"{warm - eager:+.1f} s with a warm cache, {cold - eager:+.1f} s with an empty one", flush=True)
 
 
-def main(cases: list[str], litgpt: Path | None) -> None:
+def main(cases: list[str], litgpt: Path | None, output_path: Path | None) -> None:
+    results = {}
     print(f"{'case':18}{'tokens/s: ours':>16}{'theirs':>8}{'ratio':>7}", end="")
     print(f"{'GiB: ours':>11}{'theirs':>8}{'ratio':>7}")
     for case in cases:
@@ -139,12 +141,14 @@ def main(cases: list[str], litgpt: Path | None) -> None:
         if case == "litgpt" and litgpt is None:
             print("litgpt: skipped: give --litgpt=PYTHON, of an environment with litgpt and requests")
             continue
-        found = compare(case, litgpt)
+        found = results[case] = compare(case, litgpt)
         print(f"{case:18}", end="")
         for key, width, digits in (("tokens_per_second", 16, 0), ("peak_memory_gib", 11, 2)):
             ours, theirs = found["ours"][key], found["theirs"][key]
             print(f"{ours:{width}.{digits}f}{theirs:8.{digits}f}{ours / theirs:7.2f}", end="")
         print(f"   losses differ by at most {found['difference']['train_loss']:.4f}", flush=True)
+    if output_path:
+        output_path.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
@@ -154,7 +158,8 @@ if __name__ == "__main__":
     names = [*CASES, "start"]
     parser.add_argument("cases", nargs="*", metavar="CASE", default=names, help=f"default: all of {names}")
     parser.add_argument("--litgpt", type=Path, metavar="PYTHON", help="that has litgpt and requests")
+    parser.add_argument("--output_path", type=Path, metavar="FILE", help="where the medians go, as JSON")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(names):
         parser.error(f"{unknown.pop()} is no case: give one of {', '.join(names)}")
-    main(options.cases, options.litgpt)
+    main(options.cases, options.litgpt, options.output_path)

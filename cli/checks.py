@@ -59,7 +59,7 @@ def check_adapter(args, path: Path | None, state: dict) -> None:
     if alone:
         raise ValueError(f"{alone[0]} without --lora_rank: give both, or neither")
     config = state.get("config", {})
-    for name in LORA if path else ():
+    for name in [name for name in LORA if path and name in args.given]:
         mine, saved = getattr(args, name), config.get(name, FLAGS[name][0])
         if mine != saved and not config.get("lora_rank"):
             raise ValueError(f"{path} is of a whole model, not of an adapter: {WHOLE_FIX}")

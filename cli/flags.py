@@ -110,6 +110,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(description: str) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     options = dict(formatter_class=formatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    options |= dict(usage="[torchrun] train.py [mode] [--demo | --mini] [flags]")
     parser = Parser(description=description, **options)
     modes = parser.add_argument_group("modes (none of them: train)").add_mutually_exclusive_group()
     for name, (reading, text) in MODES.items():

@@ -42,6 +42,7 @@ CUDA_NAMES = {
 
 def parse_device(text: str, node_ranks: int = 1) -> Device:
     """A device by its name in the table, or as GiB:TFLOPS:GBps[:link GBps]. Raises ValueError."""
+    text = text.lower()
     if text == "cpu":  # this machine
         return at_hand(torch.device("cpu"), node_ranks)
     if text in DEVICES:
