@@ -59,7 +59,7 @@ def test_batch_sizes_follow_from_each_other(given, derived):
             "= 12 is not global_batch_size 64: leave grad_accumulation_steps out",
         ),
         (dict(precision="fp16"), "precision is 'fp16': choose one of fp32, bf16"),
-        (dict(pas_policy="pp"), "pas_policy is 'pp': choose one of autodist, dp"),
+        (dict(pas_policy="pp"), "pas_policy is 'pp': choose one of autodist, dp, tp"),
     ],
 )
 def test_wrong_values_are_refused_in_a_sentence(wrong, words):
@@ -69,8 +69,8 @@ def test_wrong_values_are_refused_in_a_sentence(wrong, words):
 
 def test_all_problems_come_at_once():
     with pytest.raises(ValueError) as caught:
-        make(micro_batch_size=10, global_batch_size=64, precision="fp64", pas_policy="tp")
-    assert all(word in str(caught.value) for word in ("global_batch_size 64", "fp64", "tp"))
+        make(micro_batch_size=10, global_batch_size=64, precision="fp64", pas_policy="pp")
+    assert all(word in str(caught.value) for word in ("global_batch_size 64", "fp64", "pp"))
 
 
 def test_a_field_that_is_not_there_is_pythons_own_error():
@@ -83,6 +83,12 @@ def test_a_field_that_is_not_there_is_pythons_own_error():
 def test_our_engine_partitions_no_model():
     with pytest.raises(ValueError, match="plan_ngpus must be 1"):
         Trainer(train_args=make(plan=2))
+
+
+@pytest.mark.parametrize("plan", [0, 3])
+def test_copies_of_a_model_take_equal_numbers_of_ranks(plan):
+    with pytest.raises(ValueError, match=f"plan_ngpus {plan} does not divide 4 ranks: give a number that"):
+        ComputeConfig(plan, 4)
 
 
 def test_a_saved_state_may_have_more_fields_or_fewer():
