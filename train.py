@@ -83,7 +83,7 @@ def build_trainer(args):
     """
     from trainer import engine, ranks
 
-    wanted = args.engine, bool(args.lora_rank)
+    wanted = args.engine, bool(args.lora_rank), settings.partition(args)
     name = ranks.together(engine.choose, *wanted) if args.mode == "train" else "native"
     resumed = engine.open_resumed(args.resume_from, args.save_dir, name)
     trainer, facts = ranks.together(prepare_trainer, args, name, resumed)
@@ -119,7 +119,8 @@ def prepare_trainer(args, engine_name: str, resumed):
     train_args = trainer_args(args, config, resumed, fingerprint)
     if args.mode == "train" and samples < (needed := train_args.global_batch_size):
         lower = "--micro_batch_size, --grad_accumulation_steps or --global_batch_size"
-        sizes = f"{args.micro_batch_size} x {train_args.grad_accumulation_steps} x {world_size()} ranks"
+        copies = f"{train_args.scaling_factor} data-parallel ranks"
+        sizes = f"{args.micro_batch_size} x {train_args.grad_accumulation_steps} x {copies}"
         has = f"{args.dataset_path} has {samples} training samples, a global batch {needed} ({sizes})"
         raise ValueError(f"{has}: prepare more text, or lower {lower}")
     if args.mode == "evaluate" and not train_args.dataset.val_args:
@@ -151,9 +152,10 @@ def trainer_args(args, config, resumed, fingerprint: str):
     about["config"] |= dict(dataset_id=data.read_preparation(args.dataset_path)["dataset_id"])
     if args.val_every_n_train_steps and not val_set:
         logger.warning("WARNING: --val_every_n_train_steps, but %s has no validation set", args.dataset_path)
+    plan_ngpus = args.plan_ngpus if args.mode == "train" else 1  # our engine evaluates
     logs, log_dir = (loggers.JsonlLogger, loggers.TensorBoardLogger), dict(log_dir=args.log_dir)
     train_args = interface.TrainerArgs(
-        compute_config=interface.ComputeConfig(plan_ngpus=1, runtime_ngpus=world_size()),
+        compute_config=interface.ComputeConfig(plan_ngpus, runtime_ngpus=world_size()),
         model=interface.ModelConfig(model.Llama, settings.model_arguments(args)),
         optimizer=interface.OptimizerConfig(torch.optim.AdamW, adamw, clip_gnorm=args.clip_gnorm),
         lr_scheduler=interface.LRSchedulerConfig(*lr_lambda),

@@ -37,7 +37,7 @@ FLAGS = {
     "max_train_steps": (1000, (int, 1), "optimizer steps, counted from the run's first"),
     "micro_batch_size": (1, (int, 1), "samples in one forward of one rank"),
     "grad_accumulation_steps": (8, (int, 1), "forwards of a rank in one optimizer step"),
-    "global_batch_size": (None, (int, 1), "samples in an optimizer step; default: the two above x ranks"),
+    "global_batch_size": (None, (int, 1), "samples in a step; default: the two above x ranks / plan_ngpus"),
     "learning_rate": (2e-5, (float, 0), "the peak of the schedule"),
     "lr_scheduler": ("constant", ["constant", "linear", "cosine"], "linear and cosine end at 0"),
     "warmup_steps": (0, (int, 0), "steps in which the learning rate rises from 0"),
@@ -62,7 +62,8 @@ FLAGS = {
     "world_size": (None, (int, 1), "devices of --plan (8), ranks of --verify_resume (CUDA devices, or 2)"),
     "device_type": ("h100-80g", str, "of --plan: a name, or GiB:TFLOPS:GBps[:link GBps]"),
     "engine": ("auto", ["auto", "nnscaler", "native"], "auto: nnscaler if it is installed and CUDA is there"),
-    "pas_policy": ("autodist", ["autodist", "dp"], "autodist: the plan; dp: full sharding with these flags"),
+    "pas_policy": ("autodist", ["autodist", "dp", "tp"], "the plan; dp: full sharding; tp: nnscaler only"),
+    "plan_ngpus": (1, (int, 1), "nnscaler only: devices that one copy of the model is partitioned over"),
     "mem_constraint": (None, (float, 0.1), "GiB of a device that the plan may use; default: nearly all"),
     "recompute": ("auto", str, "none, selective, full, or a number of layers; auto: the least that fits"),
     "lora_rank": (None, (int, 1), "train a LoRA adapter of this rank (peft), the model itself stays frozen"),
@@ -91,8 +92,8 @@ NEAR |= dict(output_dir="save_dir", resume="resume_from", steps="max_train_steps
 # A resume does not take these from the checkpoint: they name files, or lay the work out.
 NOT_RESUMED = set(
     "save_dir log_dir output_path max_train_steps grad_accumulation_steps micro_batch_size recompute compile "
-    "dp_replicate async_save timeout_seconds engine pas_policy resume_from allow_changed_data world_size "
-    "max_new_tokens export_dtype device_type mem_constraint".split()
+    "dp_replicate async_save timeout_seconds engine pas_policy plan_ngpus resume_from allow_changed_data "
+    "world_size max_new_tokens export_dtype device_type mem_constraint".split()
 )
 ACCUMULATION = "grad_accumulation_steps"
 LORA = ("lora_rank", "lora_alpha", "lora_targets")

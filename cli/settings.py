@@ -66,6 +66,12 @@ def engine_options(args, engine_name: str, plan):
     return NativeOptions(validate_first=args.demo, **options)
 
 
+def partition(args) -> str:
+    """The flags that ask to partition the model, which only nnScaler does."""
+    flags = [f"--plan_ngpus={args.plan_ngpus}"] * (args.plan_ngpus > 1)
+    return " ".join(flags + ["--pas_policy=tp"] * (args.pas_policy == "tp"))
+
+
 def recompute_mode(args) -> str | int:
     return int(args.recompute) if args.recompute.isdecimal() else args.recompute
 

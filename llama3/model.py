@@ -134,7 +134,7 @@ class Llama(nn.Module):
     only the adapter is trained.
     """
 
-    layer_class = LlamaDecoderLayer
+    layer_class, head_class = LlamaDecoderLayer, LossHead
     for_tracing = "llama3.traced.TracedLlama"
 
     def __init__(
@@ -145,7 +145,7 @@ class Llama(nn.Module):
         config = assets.load_config(model_id, num_hidden_layers)
         with torch.device("meta"):
             self.model = LlamaForCausalLM(config)
-            self.model.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
+            self.model.lm_head = self.head_class(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
         if lora:

@@ -48,7 +48,7 @@ def test_all_problems_come_at_once():
     with pytest.raises(ValueError) as caught:
         make(micro_batch_size=10, global_batch_size=64, precision="fp64", pas_policy="pp")
     said = "does not divide global_batch_size 64", "precision is 'fp64': choose one of fp32, bf16"
-    said += ("pas_policy is 'pp': choose one of autodist, dp",)
+    said += ("pas_policy is 'pp': choose one of autodist, dp, tp",)
     assert all(words in str(caught.value) for words in said)
 
 
@@ -62,6 +62,12 @@ def test_a_field_that_is_not_there_is_pythons_own_error():
 def test_our_engine_partitions_no_model():
     with pytest.raises(ValueError, match="plan_ngpus must be 1"):
         Trainer(train_args=make(plan=2))
+
+
+@pytest.mark.parametrize("plan", [0, 3])
+def test_copies_of_a_model_take_equal_numbers_of_ranks(plan):
+    with pytest.raises(ValueError, match=f"plan_ngpus {plan} does not divide 4 ranks: give a number that"):
+        ComputeConfig(plan, 4)
 
 
 def test_a_saved_state_may_have_more_fields_or_fewer():

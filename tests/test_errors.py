@@ -32,6 +32,9 @@ WRONG = {
     "--batch-size=2": "--batch-size, did you mean --global_batch_size?",
     "--from_scratch=True": "--from_scratch takes no value, write --from_scratch alone",
     "--prepare_data --evaluate": "--prepare_data, --evaluate, not allowed",
+    "--plan_ngpus=2": "--plan_ngpus=2, only nnScaler partitions a model, leave it out, --engine=nnscaler",
+    "--engine=native --pas_policy=tp": "--pas_policy=tp, only nnScaler, leave it out, --engine=nnscaler",
+    "--plan_ngpus=0": "--plan_ngpus 0, at least 1",
     # batch sizes
     "--global_batch_size=4096": "text-32 has, training samples, 4096, lower, --global_batch_size",
     "--micro_batch_size=1000": "1000, does not divide, 4, use micro_batch_size 2 or 4",

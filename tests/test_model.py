@@ -1,5 +1,6 @@
 """The model's parts equal plain computations: attention inside documents, chunked loss, fresh weights."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.devices import on_cuda
 from llama3 import loss
 from llama3.loss import chunked_cross_entropy, loss_and_gradient
 from llama3.model import Llama, attention_by_document, packed_attention
+from llama3.traced import TracedLlama
 
 B, T, N, K, H = 2, 24, 4, 2, 8  # rows, tokens, query heads, key-value heads, head size
 
@@ -32,6 +34,36 @@ def test_torch_finds_the_attention_operator_as_it_is_declared():
     query, key, value = (torch.randn(N, T, H).transpose(0, 1).requires_grad_() for _ in range(3))
     bounds = torch.tensor([0, 10, T], dtype=torch.int32)
     torch.library.opcheck(attention_by_document, (query, key, value, bounds, 0.5))
+
+
+def test_what_nnscaler_takes_as_a_whole_may_be_split_as_its_dims_say():
+    """On each dim that they name without "^": the parts give the whole, and its gradients."""
+    starts = torch.zeros(B, 1, 1, T, dtype=torch.bool)
+    starts[0, ..., [0, 10]] = starts[1, ..., [0, 6]] = True
+    hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(7, H, requires_grad=True)
+    labels = torch.randint(7, (B, T)).index_fill(1, torch.tensor([3, 23]), -100)
+
+    def attend(query, key, value, _):
+        return masked_attention(query, key, value, [0, 10, 24, 30, 48])
+
+    arguments = (queries_keys_values(), starts), ([hidden, weight], labels)
+    references, split = (attend, chunked_cross_entropy), []
+    cases = zip(TracedLlama.whole_functions.items(), arguments, references, strict=True)
+    for (function, dims), (learned, given), reference in cases:
+        # "b (k g^) t^" -> ["b", "k", "t^"]
+        *named, result = (re.sub(r"\((\S+) .*?\)", r"\1", x).split() for x in re.split(", | -> ", dims))
+        for name in filter(str.isalpha, result):
+            pairs = zip([*learned, given], named, strict=True)
+            parts = [x.chunk(2, names.index(name)) if name in names else (x, x) for x, names in pairs]
+            found = torch.cat([function(*part) for part in zip(*parts, strict=True)], result.index(name))
+            expected = reference(*learned, given)
+            found = found if expected.ndim else found.sum()
+            torch.testing.assert_close(found, expected)
+            weigh = torch.linspace(1, 2, expected.numel()).view(expected.shape)
+            grads = (torch.autograd.grad((x * weigh).sum(), learned) for x in (found, expected))
+            torch.testing.assert_close(*grads)
+            split.append(name)
+    assert split == ["b", "k", "b", "t"]
 
 
 def largest_error(found, expected):

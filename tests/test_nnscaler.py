@@ -16,6 +16,7 @@ pytest.importorskip("nnscaler", reason="nnScaler is not installed (requirements-
 pytestmark = pytest.mark.nnscaler
 
 ON_CPU = ROOT / "tests" / "helpers" / "nnscaler_cpu.py"
+SPLIT = ("--plan_ngpus=2", "--pas_policy=tp")
 TEN_STEPS = ["--global_batch_size=8", "--lr_scheduler=cosine", "--warmup_steps=3", "--max_train_steps=10"]
 
 
@@ -53,6 +54,12 @@ class Runs:
         python("train.py", *self.argv(name, f"--merge_checkpoint={folder}", f"--output_path={out_file}"))
 
 
+def held(folder, rank):
+    """Elements of the model that a rank's shard holds."""
+    shard = torch.load(folder / f"{rank}.ckpt", weights_only=False)["model"]
+    return sum(value.numel() for value in shard.values() if torch.is_tensor(value))
+
+
 def assert_close(found, expected, tolerance=1e-4):
     assert found.keys() == expected.keys()
     assert max(abs(found[key] - expected[key]) for key in expected) < tolerance, (found, expected)
@@ -76,6 +83,21 @@ def whole(runs):
     return losses
 
 
+@pytest.fixture(scope="module")
+def plain(runs):
+    """Ten steps of our engine on one rank."""
+    return runs.native("plain", 1)
+
+
+@pytest.fixture(scope="module")
+def split(runs):
+    """Ten steps of one copy of the model on two ranks, saved after the fifth, and merged from there."""
+    losses = runs.nnscaler("split", 2, *SPLIT, "--save_every_n_train_steps=5")
+    shutil.copytree(runs.folder / "split" / "ckpt" / "0000-0005", runs.folder / "half-split")
+    runs.merge("split", runs.folder / "half-split", runs.folder / "merged-split.ckpt")
+    return losses
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_both_engines_have_the_same_losses(runs, ranks):
     theirs, ours = runs.nnscaler(f"n{ranks}", ranks), runs.native(f"o{ranks}", ranks)
@@ -83,6 +105,54 @@ def test_both_engines_have_the_same_losses(runs, ranks):
         print(f"{ranks} ranks, step {step}: nnscaler {theirs[step]:.6f} native {ours[step]:.6f}")
     assert_close(theirs, ours)
     assert not list(runs.folder.glob(".nnscaler/*"))  # the generated code is removed
+
+
+def test_a_copy_of_the_model_over_two_ranks_has_the_same_losses(runs, split, plain, whole):
+    assert_close(split, plain)
+    found, expected = (rows(runs.folder / name / "log", "gnorm") for name in ("split", "plain"))
+    for step, row in expected.items():
+        assert abs(row["gnorm"] - found[step]["gnorm"]) < 1e-4 * row["gnorm"]
+        assert row["tokens"] == found[step]["tokens"]
+    copy = held(runs.folder / "half", 0)
+    assert all(held(runs.folder / "half-split", rank) < 0.8 * copy for rank in (0, 1))
+
+
+@pytest.mark.parametrize("policy", ["tp", pytest.param("autodist", marks=pytest.mark.slow)])
+def test_two_copies_over_two_ranks_each_have_the_same_losses(runs, plain, policy):
+    assert_close(runs.nnscaler(f"two-{policy}", 4, "--plan_ngpus=2", f"--pas_policy={policy}"), plain)
+
+
+@pytest.mark.slow
+def test_autodist_partitions_a_copy_over_two_ranks_and_recomputes(runs, plain, whole):
+    theirs = runs.nnscaler("auto", 2, "--plan_ngpus=2", "--pas_policy=autodist", "--recompute=full")
+    assert_close(theirs, plain)
+    assert held(runs.folder / "auto" / "ckpt" / "last", 0) < held(runs.folder / "half", 0)
+
+
+@pytest.mark.parametrize(
+    "source, ranks, partition",
+    [
+        ("half-split", 2, SPLIT),
+        ("half-split", 2, ()),  # as many ranks, but each holds all of the model
+        ("half-split", 4, SPLIT),
+        ("merged-split.ckpt", 2, SPLIT),
+    ],
+)
+def test_a_partitioned_copy_resumes_on_any_ranks_partitioned_or_not(runs, split, source, ranks, partition):
+    resume = f"--resume_from={runs.folder / source}"
+    resumed = runs.nnscaler(f"{source}-{ranks}-{len(partition)}", ranks, *partition, resume)
+    assert_close(resumed, after(split, 5))
+
+
+def test_a_whole_copy_resumes_partitioned_and_a_partitioned_one_is_exported(runs, whole, split):
+    resumed = runs.nnscaler("whole-split", 2, *SPLIT, f"--resume_from={runs.folder / 'half'}")
+    assert_close(resumed, after(whole, 5))
+    argv = [f"--export_hf={runs.folder / 'half-split'}", f"--output_path={runs.folder / 'hf-split'}"]
+    python("train.py", *runs.argv("split", *argv))
+    argv = [*SPLIT, "--evaluate", f"--model_id={runs.folder / 'hf-split'}"]  # the training's flags stay
+    ours = python("train.py", *runs.argv("split", *argv))
+    saved = rows(runs.folder / "split" / "log", "val_loss")[5]["val_loss"]
+    assert abs(float(ours.stdout.splitlines()[-1].split("=")[1].split()[0]) - saved) < 1e-4
 
 
 @pytest.mark.slow
@@ -183,6 +253,8 @@ def test_what_nnscaler_cannot_do_is_refused_in_a_sentence(runs, whole):
         ("nnscaler", "--compile=on"): "does not support --compile=on",
         ("nnscaler", "--async_save=on"): "does not support --async_save=on",
         ("nnscaler", "--recompute=1"): "does not support --recompute=1",
+        ("nnscaler", "--recompute=full"): "does not support --recompute=full with --pas_policy=dp",
+        ("nnscaler", "--plan_ngpus=2"): "plan_ngpus 2 does not divide 1 ranks",
         ("nnscaler", f"--resume_from={runs.folder / 'evil.ckpt'}"): "is no merged checkpoint",
         ("nnscaler", f"--resume_from={runs.folder / 'ours' / 'ckpt' / 'last'}"): "the other engine wrote",
         ("nnscaler", theirs, f"--save_dir={runs.folder / 'ours' / 'ckpt'}"): "which is our engine's",

@@ -41,6 +41,22 @@ def outcome(module, ranks, plan, sizes, compute, **required):
     return *derived, args.scaling_factor
 
 
+def test_data_parallelism_alone_partitions_nothing():
+    from trainer.nnscaler_engine.trainer import Trainer
+
+    args = ours.TrainerArgs(
+        compute_config=ours.ComputeConfig(plan_ngpus=2, runtime_ngpus=4),
+        model=ours.ModelConfig(dict),
+        optimizer=ours.OptimizerConfig(dict),
+        dataset=ours.DatasetConfig(dict),
+        dataloader=ours.DataloaderConfig({}),
+        max_train_steps=1,
+        pas_policy="dp",
+    )
+    with pytest.raises(ValueError, match="--pas_policy=dp with --plan_ngpus=2: use autodist or tp"):
+        Trainer(train_args=args)
+
+
 @pytest.mark.parametrize("ranks, plan", [(1, 1), (4, 1), (4, 2), (4, 4)])
 @pytest.mark.parametrize(
     "sizes",  # micro batch, global batch, accumulation

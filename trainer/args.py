@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("fp32", "bf16")
-PAS_POLICIES = ("autodist", "dp")
+PAS_POLICIES = ("autodist", "dp", "tp")
 
 
 class TrainingFailed(RuntimeError):
@@ -23,6 +23,11 @@ class ComputeConfig:
 
     plan_ngpus: int
     runtime_ngpus: int
+
+    def __post_init__(self):
+        if self.plan_ngpus < 1 or self.runtime_ngpus % self.plan_ngpus:
+            has = f"plan_ngpus {self.plan_ngpus} does not divide {self.runtime_ngpus} ranks"
+            raise ValueError(f"{has}: give a number that does")
 
 
 @dataclass

@@ -18,10 +18,10 @@ TRANSFORMERS_VERSION = "4.48"  # nnScaler cannot trace the modelling code of lat
 INSTALLATION = "https://nnscaler.readthedocs.io/en/latest/installation.html"
 
 
-def choose(engine: str, adapter: bool = False) -> str:
+def choose(engine: str, adapter: bool = False, partition: str = "") -> str:
     """Turns --engine into 'nnscaler' or 'native' and logs the reason; ValueError if nnScaler cannot run.
 
-    adapter: an adapter is trained, and not the whole model.
+    adapter: an adapter is trained, and not the whole model. partition: the flags that only nnScaler knows.
     """
     missing = None if engine == "native" else _missing_for_nnscaler(adapter)
     if engine == "nnscaler" and missing:
@@ -29,6 +29,9 @@ def choose(engine: str, adapter: bool = False) -> str:
     name = "native" if engine == "native" or missing else "nnscaler"
     found = missing.split(":")[0] if missing else "nnScaler and CUDA are there"
     logger.info("engine: %s (%s)", name, found if engine == "auto" else f"--engine={engine}")
+    if name == "native" and partition:
+        why = "only nnScaler partitions a model, our engine shards it over all ranks"
+        raise ValueError(f"{partition}: {why}: leave it out, or use --engine=nnscaler")
     return name
 
 

@@ -4,6 +4,7 @@ nnScaler asks for CUDA by name. This module replaces that at run time with the C
 """
 
 import contextlib
+import functools
 import logging
 import resource
 import runpy
@@ -86,9 +87,16 @@ def trace_on_cpu() -> None:
 
 
 def profile_in_this_process() -> None:
-    """autodist's profiler spawns a process for each GPU, which would start without these replacements."""
-    from nnscaler.autodist.cost_database import CostDatabase
+    """autodist's profiler spawns a process for each GPU, which would start without these replacements.
 
+    It warms up for two seconds an operator. And its times for sending are a cluster's, so that it would split
+    no tiny model: here sending takes no time.
+    """
+    from nnscaler.autodist.cost_database import CostDatabase
+    from nnscaler.profiler import database
+
+    database.profile = functools.partial(database.profile, warmup_sec=0.01, prof_times=3)
+    CostDatabase.primitive_to_cost = lambda self, num_devices, byte_size, primitive: 0.0
     real = CostDatabase.profile_comp
     CostDatabase.profile_comp = lambda self, degree, parallel_profile, re_profile: real(
         self, degree, False, re_profile

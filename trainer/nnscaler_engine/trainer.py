@@ -41,6 +41,7 @@ class Trainer:
         self.resumed = path = train_args.checkpoint.resume_from
         # nnScaler unpickles what it resumes. Opening a merged file refuses one that holds more than data.
         self.saved = saved = NnScalerCheckpoint(path).state if path else {}
+        policy, plan = train_args.pas_policy, train_args.compute_config.plan_ngpus
         recompute, found = self.options.recompute, self.save_dir.glob(f"*-*/{STATE_FILE}")
         newer = [f.parent for f in found if saved and checkpoint.step_of(f.parent) > saved["step"]]
         refusals = {
@@ -48,7 +49,8 @@ class Trainer:
             "--async_save=on": self.options.async_save,
             "--dp_replicate": self.options.dp_replicate > 1,
             f"--recompute={recompute}: use none or full": recompute not in ("none", "full"),
-            "--recompute=full with --pas_policy=dp": (recompute, train_args.pas_policy) == ("full", "dp"),
+            f"--recompute=full with --pas_policy={policy}": recompute == "full" and policy != "autodist",
+            f"--pas_policy=dp with --plan_ngpus={plan}: use autodist or tp": policy == "dp" and plan > 1,
             f"--resume_from={path}, which another script wrote": self.resumed and not saved,
             f"--save_dir={self.save_dir}, which is our engine's": saved
             and checkpoint.checkpoints(self.save_dir),
@@ -84,7 +86,10 @@ class Trainer:
         schedule, config, adam = ours.lr_scheduler, ours.optimizer, ours.optimizer.type
         if ours.precision == "bf16" and adam is torch.optim.AdamW:
             adam = MixedPrecisionAdamW  # it keeps fp32 master weights
-        resume = self.resumed and cli.trainer_args.ResumeOptions(str(self.resumed))
+        # Equal world sizes may partition the model differently. Then a rank's shard is not what it loads.
+        partitioned = max(ours.compute_config.plan_ngpus, self.saved.get("plan_ngpus", 1)) > 1
+        how = dict(with_merged=partitioned or None)  # None: merged if the world size changed
+        resume = self.resumed and cli.trainer_args.ResumeOptions(str(self.resumed), **how)
         # Without a validation set, nnScaler would choose the best by training losses.
         saves = {**vars(ours.checkpoint), "resume_from": resume, "save_best": bool(ours.dataset.val_args)}
         order = dict(accumulation=ours.grad_accumulation_steps, seed=ours.seed, start=hook.state.samples)
@@ -256,6 +261,7 @@ class RunHook(cli.train_hook.TrainHook):
             self.best = self.val_loss
         state = dict(vars(self.state), best_val_loss=self.best, global_batch_size=self.args.global_batch_size)
         state |= dict(run=self.options.run_id, parents=self.parents)
+        state |= dict(plan_ngpus=self.args.compute_config.plan_ngpus)
         if hook := self.args.hook.on_save_checkpoint:
             hook(trainer, state)
         content["trainer_state"] = json.dumps(state)
