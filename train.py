@@ -17,12 +17,11 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
 
-from cli import checks, exporting, flags, planning, settings
+from cli import checks, diagnosing, exporting, flagfile, flags, planning, settings
 from cli.flags import chosen
 from cli.settings import is_first_rank, world_size
 from trainer.args import TrainingFailed
@@ -71,8 +70,7 @@ def joined(args):
     from trainer import ranks
 
     with ranks.process_group(args.timeout_seconds):
-        others = ("given", "mode", "save_dir", "log_dir")
-        ranks.compare({f"--{name}": value for name, value in vars(args).items() if name not in others})
+        ranks.compare(settings.compared(args))
         yield
 
 
@@ -147,9 +145,8 @@ def trainer_args(args, config, resumed, fingerprint: str):
     lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, state))
     collate = data.Collator(args.max_seq_len, args.micro_batch_size)
     # With these, resuming or exporting a checkpoint does not need this run's flags.
-    about = dict(config=chosen(args, *flags.FLAGS), model=config.to_dict(), data=fingerprint)
+    about = dict(config=effective_flags(args), model=config.to_dict(), data=fingerprint)
     about["chat"] = data.holds_conversations(args.dataset_path)  # then --generate asks as a user does
-    about["config"] |= dict(dataset_id=data.read_preparation(args.dataset_path)["dataset_id"])
     if args.val_every_n_train_steps and not val_set:
         logger.warning("WARNING: --val_every_n_train_steps, but %s has no validation set", args.dataset_path)
     plan_ngpus = args.plan_ngpus if args.mode == "train" else 1  # our engine evaluates
@@ -168,6 +165,7 @@ def trainer_args(args, config, resumed, fingerprint: str):
         ),
         log=[interface.LogConfig(logger_class, log_dir) for logger_class in logs],
         hook=interface.HookMapConfig(
+            on_train_start=lambda _: save_flags(args, about["config"]),
             on_save_checkpoint=lambda _, state: state.update(about),
             on_train_end=lambda _: draw_curves(args.log_dir),
         ),
@@ -177,6 +175,21 @@ def trainer_args(args, config, resumed, fingerprint: str):
     )
     about["config"]["global_batch_size"] = train_args.global_batch_size
     return train_args
+
+
+def effective_flags(args) -> dict:
+    """The flags, of which those that only preparing takes are as the data were prepared."""
+    from llama3 import data
+
+    known = data.read_preparation(args.dataset_path)
+    prepared = {name: {**known, **known["settings"]}[name] for name in checks.PREPARED_WITH}
+    return chosen(args, *flags.FLAGS) | prepared
+
+
+def save_flags(args, values: dict) -> None:
+    """Writes config.yaml beside the metrics and the checkpoints: --config=<that file> repeats the run."""
+    for folder in (args.log_dir, args.save_dir):
+        flagfile.write(Path(folder, "config.yaml"), flags.repeatable(values, args.demo))
 
 
 def split_arguments(args, vocab_size: int) -> tuple[dict, dict]:
@@ -215,13 +228,23 @@ def draw_curves(log_dir: str) -> None:
 
 
 def evaluate(args) -> None:
+    """Prints the validation loss in nats per target, and before it, where it can, bits per byte of text."""
+    from llama3 import assets, data
     from trainer.loggers import perplexity
 
     with joined(args):
         trainer, _ = build_trainer(args)
         val_loss = trainer.evaluate()
-    if is_first_rank():
-        print(f"val_loss={val_loss:.6f} perplexity={perplexity(val_loss):.6f}")
+    if not is_first_rank():
+        return
+    try:
+        path = trainer.args.dataset.val_args["dataset_path"]
+        tokenizer = assets.load_tokenizer(data.read_preparation(path)["tokenizer_id"])
+        data.check_prepared(path, tokenizer)
+        print(f"bits_per_byte={data.bits_per_byte(trainer.val_set, tokenizer, val_loss):.6f}")
+    except ValueError as error:
+        logger.warning("WARNING: no bits per byte: %s", error)
+    print(f"val_loss={val_loss:.6f} perplexity={perplexity(val_loss):.6f}")
 
 
 def merge(args) -> None:
@@ -258,23 +281,19 @@ def export_adapter(args) -> None:
 
 
 def generate(args) -> None:
-    from llama3 import assets
-    from llama3.export import generate_text
+    from llama3 import sample
 
-    if not args.given.keys() & {"resume_from", "model_id"} and Path(args.save_dir, "last").exists():
-        args.resume_from = "last"
-    with tempfile.TemporaryDirectory() as temporary:
-        if args.resume_from:
-            named = args.resume_from in ("last", "best")
-            source = Path(args.save_dir if named else "", args.resume_from)
-            folder = Path(temporary, "hf")
-            tokenizer, chat = exporting.export_checkpoint(args, source, folder, args.precision)
-        else:
-            assets.weight_files(args.model_id)  # says what is missing
-            folder, chat = assets.model_folder(args.model_id), False
-            tokenizer = assets.load_tokenizer(args.tokenizer_id)
-        length, seed, dtype = args.max_new_tokens, args.seed, args.precision
-        print(generate_text(folder, tokenizer, args.generate, length, seed, dtype, chat))
+    model, tokenizer, is_chat = exporting.open_model(args)
+    how = args.max_new_tokens or 64, args.seed, args.temperature
+    print(sample.generate_text(model, tokenizer, args.generate, *how, is_chat))
+
+
+def chat(args) -> None:
+    from llama3 import sample
+
+    model, tokenizer, _ = exporting.open_model(args)
+    logger.info("chat: /exit, Ctrl-D or Ctrl-C leaves")
+    sample.chat(model, tokenizer, args.max_new_tokens or 512, args.seed, args.temperature)
 
 
 def verify_resume(args) -> None:
@@ -302,7 +321,9 @@ MODES = {
     "export_hf": export,
     "export_adapter": export_adapter,
     "generate": generate,
+    "chat": chat,
     "plan": planning.show,
+    "doctor": diagnosing.show,
     "verify_resume": verify_resume,
 }
 
@@ -318,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # prints text of any language on any terminal
     try:
         args = flags.parse_args_together(argv, __doc__)
-        if args.mode not in ("train", "evaluate") and world_size() > 1:
+        if args.mode not in ("train", "evaluate", "doctor") and world_size() > 1:
             raise ValueError(f"--{args.mode} runs in one process: start it with python instead of torchrun")
         if args.mode != "train":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets clean-up code run

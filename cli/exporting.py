@@ -1,12 +1,16 @@
-"""Reads checkpoints of either engine, and writes them as Hugging Face folders."""
+"""Reads checkpoints of either engine, writes them as Hugging Face folders, and opens models to talk to."""
 
 import argparse
 import functools
+import logging
+import tempfile
 from pathlib import Path
 
 from cli import checks
 from cli.flags import LORA
 from cli.settings import lora
+
+logger = logging.getLogger(__name__)
 
 
 def open_exported(args, path: Path):
@@ -60,3 +64,27 @@ def merge_adapter(source, flags):
     shapes = {name: shape for name, (_, shape) in base.tensors.items()}
     readers = {name: functools.partial(source.read, f"model.{name}") for name in source.shapes}
     return shapes, adapters.merged(weights, readers, scale)
+
+
+def open_model(args):
+    """The model of --resume_from, else of --model_id if that is typed, else the run's last checkpoint if any.
+
+    Returns it with its tokenizer, and whether it was trained on conversations.
+    """
+    from llama3 import assets, sample
+
+    if not args.resume_from and "model_id" not in args.typed and Path(args.save_dir, "last").exists():
+        args.resume_from = "last"
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.resume_from:
+            named = args.resume_from in ("last", "best")
+            source = Path(args.save_dir if named else "", args.resume_from)
+            folder = Path(temporary, "hf")
+            tokenizer, is_chat = export_checkpoint(args, source, folder, args.precision)
+        else:
+            source, is_chat = args.model_id, False
+            assets.weight_files(args.model_id)  # says what is missing
+            folder = assets.model_folder(args.model_id)
+            tokenizer = assets.load_tokenizer(args.tokenizer_id)
+        logger.info("model: %s", source)
+        return sample.load(folder, args.precision), tokenizer, is_chat

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from cli import flagfile
 from llama3 import presets
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ def path(text: str) -> str:
 
 PRESETS = {"demo": presets.DEMO, "mini": presets.MINI}
 SWITCH, ON_OFF = dict(action="store_true"), ["auto", "on", "off"]
+SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # in YAML
 # Flag -> (default, kind, help). A kind is a function of the text, a list of choices, bool for a switch, or a
 # number's type with its least value. Other flags decide what a default of None means.
 FLAGS = {
@@ -55,10 +57,12 @@ FLAGS = {
     "allow_changed_data": (False, bool, "resume on other data than the checkpoint's run had"),
     "save_dir": ("./checkpoints", path, "folder of the checkpoints"),
     "log_dir": ("./runs/llama3_demo", path, "folder of metrics.jsonl, TensorBoard events, curves.png"),
-    "output_path": (None, path, "where --merge_checkpoint, an export, or --plan (JSON) writes"),
+    "output_path": (None, path, "where a merge, an export, --plan or --doctor (JSON) writes"),
     "export_dtype": (None, ["bf16", "fp32"], "default: the training precision"),
-    "max_new_tokens": (64, (int, 1), "length of --generate's sample"),
+    "max_new_tokens": (None, (int, 1), "most tokens of an answer; default: 64, in --chat 512"),
+    "temperature": (0.7, (float, 0), "of --generate and --chat; 0: always the likeliest token"),
     "timeout_seconds": (600, (int, 1), "longest wait for a step; ten times that for what takes longer"),
+    "config": (None, path, "YAML file of flags, a line `name: value` each; the command line wins"),
     "world_size": (None, (int, 1), "devices of --plan (8), ranks of --verify_resume (CUDA devices, or 2)"),
     "device_type": ("h100-80g", str, "of --plan: a name, or GiB:TFLOPS:GBps[:link GBps]"),
     "engine": ("auto", ["auto", "nnscaler", "native"], "auto: nnscaler if it is installed and CUDA is there"),
@@ -81,7 +85,9 @@ MODES = {
     "export_adapter": (dict(nargs="?", const="", type=path, metavar="PATH"), "peft's folder"),
     "evaluate": (SWITCH, "validation loss of the model, or of --resume_from"),
     "generate": (dict(metavar="PROMPT"), "a sample from the model, or from --resume_from"),
+    "chat": (SWITCH, "talk to the model, or to --resume_from, in its chat template"),
     "plan": (SWITCH, "memory and speed of the possible plans; needs no GPU, weights or network"),
+    "doctor": (SWITCH, "check versions, devices, access, disk, memory and data; exit code 1 on a fault"),
     "verify_resume": (SWITCH, "train, kill, resume, and compare bit for bit"),
 }
 
@@ -89,13 +95,17 @@ MODES = {
 NEAR = dict(lr="learning_rate", epochs="max_train_steps", num_epochs="max_train_steps", data="dataset_id")
 NEAR |= dict(batch_size="global_batch_size", bs="global_batch_size", model="model_id", dataset="dataset_id")
 NEAR |= dict(output_dir="save_dir", resume="resume_from", steps="max_train_steps", fp16="precision")
-# A resume does not take these from the checkpoint: they name files, or lay the work out.
-NOT_RESUMED = set(
-    "save_dir log_dir output_path max_train_steps grad_accumulation_steps micro_batch_size recompute compile "
-    "dp_replicate async_save timeout_seconds engine pas_policy plan_ngpus resume_from allow_changed_data "
-    "world_size max_new_tokens export_dtype device_type mem_constraint".split()
-)
 ACCUMULATION = "grad_accumulation_steps"
+# A run that is repeated does not take these: they are of one command, or follow from other flags.
+NOT_REPEATED = set(
+    "config resume_from allow_changed_data output_path export_dtype max_new_tokens temperature world_size "
+    f"device_type {ACCUMULATION}".split()
+)
+# A resume does not take these from the checkpoint: they also name files, or lay the work out.
+NOT_RESUMED = NOT_REPEATED | set(
+    "save_dir log_dir max_train_steps micro_batch_size recompute compile dp_replicate async_save "
+    "timeout_seconds engine pas_policy plan_ngpus mem_constraint".split()
+)
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
 
 
@@ -134,14 +144,47 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None, description: str = "") -> argparse.Namespace:
-    given, unknown = build_parser(description).parse_known_args(argv)
+    parser = build_parser(description)
+    typed, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name[2:], FLAGS | MODES, n=1)
-        near = NEAR.get(name.strip("-").replace("-", "_"), "".join(close))
-        fix = f"did you mean --{near}?" if near else "python train.py --help lists the flags"
-        raise ValueError(f"unknown flag {name}: {fix}")
-    return resolve(vars(given))
+        raise ValueError(unknown_flag(unknown[0].split("=")[0], FLAGS | MODES | PRESETS))
+    typed = vars(typed)
+    given = from_file(parser, typed["config"]) if "config" in typed else {}
+    if PRESETS.keys() & typed.keys():
+        given = {name: value for name, value in given.items() if name not in PRESETS}
+    return resolve(given | typed, typed=set(typed))
+
+
+def unknown_flag(name: str, known) -> str:
+    """Says that there is no such flag, and which one was perhaps meant."""
+    word = name.strip("-").replace("-", "_")
+    near = NEAR.get(word, "".join(difflib.get_close_matches(word, known, n=1)))
+    fix = f"did you mean --{near}?" if near else "python train.py --help lists the flags"
+    return f"unknown flag {name}: {fix}"
+
+
+def from_file(parser: argparse.ArgumentParser, file: str) -> dict:
+    """The flags of a YAML file, which the parser reads as if they were typed. Raises ValueError."""
+    argv, off, known = [], {}, (FLAGS | PRESETS).keys() - {"config"}
+    for name, text in flagfile.read(file).items():
+        if name in MODES:
+            raise ValueError(f"--config={file} names a mode: give --{name} on the command line")
+        if name not in known:
+            raise ValueError(f"--config={file}: {unknown_flag(name, known)}")
+        if text is None:
+            continue
+        if name in FLAGS and FLAGS[name][1] is not bool:
+            argv.append(f"--{name}={text}")
+        elif (on := SWITCH_WORDS.get(text.lower())) is None:
+            raise ValueError(f"--config={file}: {name} is {text!r}: give true or false")
+        elif on:
+            argv.append(f"--{name}")
+        elif name in FLAGS:  # a preset that is off is as good as none
+            off[name] = False
+    try:
+        return vars(parser.parse_args(argv)) | off
+    except ValueError as error:
+        raise ValueError(f"--config={file}: {error}") from None
 
 
 def parse_args_together(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -157,13 +200,16 @@ def parse_args_together(argv: list[str] | None, description: str) -> argparse.Na
         raise
 
 
-def resolve(given: dict, saved: dict | None = None) -> argparse.Namespace:
-    """Defaults, then the preset's flags, those `saved` in a resumed checkpoint, and the explicit ones."""
+def resolve(given: dict, saved: dict | None = None, typed: set = frozenset()) -> argparse.Namespace:
+    """Defaults, then the preset's flags, those `saved` in a resumed checkpoint, and the explicit ones.
+
+    typed: the names of the explicit ones that --config does not give.
+    """
     values = {name: default for name, (default, _, _) in FLAGS.items()}
     for preset in PRESETS.keys() & given.keys():
         values |= PRESETS[preset]
     args = argparse.Namespace(**values | {name: None for name in MODES} | (saved or {}) | given)
-    args.given, args.mode = given, next((mode for mode in MODES if mode in given), "train")
+    args.typed, args.given, args.mode = typed, given, next((mode for mode in MODES if mode in given), "train")
     args.demo = "demo" in given
     args.from_scratch |= args.num_hidden_layers is not None
     if args.tokenizer_id is None:
@@ -188,7 +234,7 @@ def resolve_resumed(args, state: dict) -> argparse.Namespace:
     default_path = saved and default_dataset_path(saved["dataset_id"], saved["max_seq_len"])
     if saved.get("dataset_path") == default_path and args.given.keys() & {"dataset_id", "max_seq_len"}:
         del saved["dataset_path"]
-    resolved = resolve(args.given, saved)
+    resolved = resolve(args.given, saved, args.typed)
     for name, value in saved.items():
         if name in args.given and args.given[name] != value:
             logger.info("--%s=%s, the checkpoint's run had %s", name, args.given[name], value)
@@ -201,6 +247,13 @@ def saved_flags(state: dict) -> dict:
     """The flags that a resume takes from the checkpoint's run."""
     config = state.get("config", {})
     return {name: config[name] for name in FLAGS if name in config.keys() - NOT_RESUMED}
+
+
+def repeatable(values: dict, demo: bool) -> dict:
+    """Of a run's flags, what --config needs to repeat it."""
+    left_out = NOT_REPEATED | (set() if values["lora_rank"] else {*LORA})
+    kept = {name: values[name] for name in FLAGS if name not in left_out and values[name] is not None}
+    return {"demo": True, **kept} if demo else kept
 
 
 def dataset_name(dataset_id: str) -> str:
@@ -223,6 +276,9 @@ def check_values(args) -> None:
     if any(mark.exists() for mark in marks) or args.model_id.endswith(".ckpt"):
         fix = "--resume_from continues one, --export_hf makes a model of it"
         problems.append(f"--model_id {args.model_id}: these are checkpoints: {fix}")
+    if Path(args.model_id, "adapter_config.json").exists():
+        fix = "give --resume_from its checkpoint, of which --export_hf makes a model"
+        problems.append(f"--model_id {args.model_id} is an adapter without its model: {fix}")
     if args.seed >= 2**32:
         problems.append(f"--seed {args.seed}: a number below 2^32 is needed")
     if args.recompute not in ("auto", "none", "selective", "full") and not args.recompute.isdecimal():

@@ -42,28 +42,42 @@ def planned(args, state: dict):
 
     Raises ValueError if the model cannot fit.
     """
-    from trainer import devices, measure, parallel, planner
+    ranks = settings.world_size()
+    run = at_hand(args, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), state)
+    if not (best := fitting(args, run)):
+        return args, None
+    sizes = dict(micro_batch_size=best.micro_batch_size, global_batch_size=run.global_batch_size)
+    return argparse.Namespace(**vars(args) | sizes), best
 
-    device, ranks = parallel.pick_device(), settings.world_size()
-    node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+def at_hand(args, ranks: int, node_ranks: int, state: dict):
+    """What the planner must know of a run on so many devices of the kind that is here."""
+    from trainer import devices, parallel
+
+    device = parallel.pick_device()
     kind, on_cpu = devices.at_hand(device, node_ranks), device.type == "cpu"
-    run = planner_run(args, kind, ranks, node_ranks, on_cpu, state)
+    return planner_run(args, kind, ranks, node_ranks, on_cpu, state)
+
+
+def fitting(args, run):
+    """The best plan, which it logs; None: the flags lay the run out. ValueError if the model cannot fit."""
+    from trainer import measure, planner
+
     planner.check_state(run, args.model_id)
     if args.pas_policy != "autodist":
-        return args, None
+        return None
     try:
         # A CPU's run starts at once: it plans with what --plan measured before.
-        best = planner.choose(run, measure_now=not on_cpu)
+        best = planner.choose(run, measure_now=not run.on_cpu)
     except measure.NotMeasured:
-        how = f"python train.py --plan --device_type=cpu --world_size={ranks}"
+        how = f"python train.py --plan --device_type=cpu --world_size={run.ranks}"
         logger.info("plan: as the flags say; %s and these flags would predict its memory", how)
-        return args, None
+        return None
     for line in planner.explain(run, best):
         logger.info("plan: %s", line)
     if not best.fits:
         planner.refuse(run, best)
-    sizes = dict(micro_batch_size=best.micro_batch_size, global_batch_size=run.global_batch_size)
-    return argparse.Namespace(**vars(args) | sizes), best
+    return best
 
 
 def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: dict):

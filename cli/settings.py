@@ -20,6 +20,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def compared(args) -> dict:
+    """What all ranks must be started with: the flags, but for the folders that rank 0 alone writes."""
+    others = ("given", "typed", "config", "mode", "save_dir", "log_dir")
+    return {f"--{name}": value for name, value in vars(args).items() if name not in others}
+
+
 def model_arguments(args) -> dict:
     """The arguments of llama3.model.Llama."""
     llama = chosen(args, "model_id", "from_scratch", "num_hidden_layers", "seed")

@@ -139,21 +139,26 @@ def _read(folder: Path, name: str, reader: Callable, fix: str):
 
 def from_hub(download: Callable, repo_id: str, kind: str = "model"):
     """Return `download()`, tried again where that may help; errors that are not the hub's pass through."""
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     for wait_seconds in (*RETRY_SECONDS, None):
         try:
             return download()
         except Exception as error:
-            if (trouble := _hub_trouble(error)) is None:
+            if (trouble := hub_trouble(error)) is None:
                 raise
             passes = any(word in trouble for word in ("answered 429", "answered 5", "dropped"))
             if wait_seconds is None or not passes:
-                fix = HUB_FIXES.get(trouble, NETWORK_FIX).format(page=page)
+                fix = hub_fix(trouble, f"{'datasets/' if kind == 'dataset' else ''}{repo_id}")
                 raise AssetError(f"{kind} {repo_id} cannot be had, {trouble}: {fix}") from error
         time.sleep(wait_seconds)
 
 
-def _hub_trouble(error: Exception) -> str | None:
+def hub_fix(trouble: str, page: str) -> str:
+    """What helps against what `hub_trouble` returned."""
+    return HUB_FIXES.get(trouble, NETWORK_FIX).format(page=f"https://huggingface.co/{page}")
+
+
+def hub_trouble(error: Exception) -> str | None:
+    """What the hub or the way to it lacks, if that is what the error tells of."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 import xxhash
 from datasets import Dataset, DatasetDict
 from filelock import FileLock
+from tokenizers.pre_tokenizers import ByteLevel
 
 from llama3 import shards, sources
 from llama3.assets import document_separator, naming
@@ -350,6 +352,30 @@ def summary(path: Path, tokenizer) -> str:
     sample = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in texts)
     lines.append(f"  a sample, from its token {begin} (what is learned in [[ ]]):")
     return "\n".join(lines + ["    " + line for line in sample.splitlines()])
+
+
+def bits_per_byte(rows, tokenizer, loss: float) -> float:
+    """The loss, in nats per target, as bits per byte of the targets' text; control tokens are no text.
+
+    Raises DataError if the tokenizer's tokens are not bytes, or the targets have no text.
+    """
+    backend, alphabet = tokenizer.backend_tokenizer, {*ByteLevel.alphabet()}
+    added = tokenizer.added_tokens_decoder
+    sizes = np.zeros(1 + max(tokenizer.get_vocab().values()), np.int64)  # bytes of each token
+    for text, index in backend.get_vocab(with_added_tokens=False).items():
+        if not alphabet.issuperset(text) and index not in added:
+            raise DataError(f"{tokenizer.name_or_path} has token {text!r}: only a byte-level one's are bytes")
+        sizes[index] = len(text)  # each character stands for a byte
+    for index, token in added.items():
+        sizes[index] = 0 if token.special else len(token.content.encode())
+    collate, targets, size = Collator(len(rows[0]["input_ids"]), 1), 0, 0
+    for row in rows:
+        labels = collate([row])["labels"].numpy()
+        learned = labels[labels != IGNORED]
+        targets, size = targets + len(learned), size + int(sizes[learned].sum())
+    if not size:
+        raise DataError("the validation samples have no text to predict")
+    return loss * targets / (math.log(2) * size)
 
 
 def _vocabulary(tokenizer) -> str:

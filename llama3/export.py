@@ -1,4 +1,4 @@
-"""Writes named tensors as a Hugging Face folder, whole or not at all, and samples text from such a folder."""
+"""Writes named tensors as a Hugging Face folder, whole or not at all."""
 
 import contextlib
 import tempfile
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llama3.assets import DOCUMENT_SEPARATORS, AssetError, document_separator, naming
+from llama3.assets import DOCUMENT_SEPARATORS, document_separator, naming
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 EXPORT_MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the weights
@@ -37,7 +37,7 @@ def export_hf(
     _check_shapes(hf_config, shapes)
     specs = {name: (torch_dtype, shape) for name, shape in shapes.items()}
     with exported(folder, "model.safetensors", specs, tensors, writer) as new:
-        for part in (hf_config, tokenizer, _generation_config(hf_config, tokenizer)):
+        for part in (hf_config, tokenizer, generation_config(hf_config, tokenizer)):
             with naming(folder):
                 part.save_pretrained(new)
 
@@ -92,7 +92,7 @@ def _check_shapes(config: LlamaConfig, shapes: dict) -> None:
         raise ValueError(f"{what}: give the --model_id and --num_hidden_layers that it was trained with")
 
 
-def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
+def generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
     """Generation stops at the end of a turn and of a document: at every such token that the tokenizer has."""
     vocabulary, eos = tokenizer.get_vocab(), config.eos_token_id
     names = (*DOCUMENT_SEPARATORS, "<|eot_id|>", "<|im_end|>")
@@ -101,39 +101,3 @@ def _generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:
     stops = sorted(stops - {None})
     pad = (stops or [None])[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=stops or None, pad_token_id=pad)
-
-
-def generate_text(
-    folder: Path, tokenizer, prompt: str, max_new_tokens: int, seed: int, dtype: str, chat=False
-) -> str:
-    """Return the prompt and its continuation, sampled with temperature 0.7 and top-p 0.9.
-
-    chat: the prompt is a user's message in the tokenizer's template, and what is returned is the answer.
-    """
-    if chat:
-        messages = [dict(role="user", content=prompt)]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    how = dict(add_special_tokens=not chat, split_special_tokens=not chat)
-    ids = tokenizer(prompt, return_tensors="pt", **how).input_ids  # (1, T)
-    if not ids.shape[1]:
-        raise ValueError("--generate needs a prompt of at least one token")
-    # A .bin file would be a pickle, so only safetensors are read.
-    options = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # they are told below
-    try:
-        model, loading = LlamaForCausalLM.from_pretrained(folder, **options)
-    except Exception as error:  # transformers raises many kinds for damaged weights
-        reason = str(error).strip().split("\n")[0]
-        raise AssetError(f"{folder} cannot be read ({reason}): download or save it again") from error
-    kinds = {"lack": "missing", "have a surplus": "unexpected", "have another shape of": "mismatched"}
-    for what, kind in kinds.items():
-        if names := ", ".join(map(str, sorted(loading[f"{kind}_keys"])[:3])):
-            raise AssetError(f"the weights of {folder} {what} {names}: they were saved from another model")
-    config = _generation_config(model.config, tokenizer)
-    config.do_sample, config.temperature, config.top_p, config.max_new_tokens = True, 0.7, 0.9, max_new_tokens
-    set_seed(seed)
-    device = "cuda" if torch.cuda.device_count() else "cpu"
-    ids, model = ids.to(device), model.to(device)
-    with torch.no_grad():
-        output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return tokenizer.decode(output[0, ids.shape[1] if chat else 0 :], skip_special_tokens=True)

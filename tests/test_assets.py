@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama3 import assets, presets
 from llama3.assets import AssetError, load_config, load_tokenizer, model_folder, sotu_folder, weight_files
-from llama3.export import export_hf, generate_text
+from llama3.export import export_hf
 from llama3.model import Llama
+from llama3.sample import load
 from trainer.tensorfile import TensorFileWriter
 
 
@@ -166,7 +167,7 @@ def test_text_is_not_generated_from_weights_of_another_model(tiny, tmp_path, wor
     folder = shutil.copytree(tiny, tmp_path / "model")
     change_weights(folder, WEIGHTS[words])
     with pytest.raises(AssetError, match=words):
-        generate_text(folder, load_tokenizer(str(folder)), "a", 1, 0, "fp32")
+        load(folder, "fp32")
 
 
 def export(tiny, folder, values=lambda weights: weights.items(), **changes):

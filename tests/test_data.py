@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -23,7 +24,17 @@ from helpers.corpora import documents_of, facts, make_texts, prepare_records, re
 from helpers.runs import python
 
 from llama3 import data, shards, sources
-from llama3.data import Collator, DataError, check_prepared, fingerprint, open_split, prepare, verify
+from llama3.assets import document_separator
+from llama3.data import (
+    Collator,
+    DataError,
+    bits_per_byte,
+    check_prepared,
+    fingerprint,
+    open_split,
+    prepare,
+    verify,
+)
 from llama3.encode import Encoder
 from llama3.sources import Document
 
@@ -410,3 +421,29 @@ def test_a_gigabyte_is_prepared_in_under_2_gigabytes_of_memory_a_process():
     done = python("benchmarks/data.py", "--gigabytes=1", "--kind=jsonl", timeout=1500)
     peaks = [float(peak) for peak in re.findall(r"([0-9.]+) GiB of the", done.stdout)]
     assert len(peaks) == 2 and max(peaks) < 1.8, done.stdout[-500:]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama3", "small"])
+def test_bits_per_byte_counts_the_bytes_of_the_targets_text(name):
+    tokenizer, text = real_tokenizer(name), "naïve 中文 😀  1790's\n\tend" + "the union"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = document_separator(tokenizer)
+    row = dict(input_ids=[end, *ids, end], document_starts=[0], loss_mask=[1] * (len(ids) + 2))
+    bits = 2.5 * (len(ids) + 1) / math.log(2)  # the end is a target without text
+    assert bits_per_byte([row, row], tokenizer, 2.5) == pytest.approx(bits / len(text.encode()), rel=1e-12)
+    last = len(tokenizer.decode(ids[-1:]).encode())
+    masked = row | dict(loss_mask=[0] * len(ids) + [1, 1])  # only the last token and the end
+    assert bits_per_byte([masked], tokenizer, 2.5) == pytest.approx(2.5 * 2 / math.log(2) / last, rel=1e-12)
+    with pytest.raises(DataError, match="no text to predict"):
+        bits_per_byte([row | dict(loss_mask=[0] * (len(ids) + 2))], tokenizer, 2.5)
+
+
+def test_bits_per_byte_of_tokens_that_are_not_bytes_are_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"▁the": 0, "<end>": 1}, unk_token="<end>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", name_or_path="words")
+    row = dict(input_ids=[1, 0], document_starts=[0])
+    with pytest.raises(DataError, match="words has token '▁the'"):
+        bits_per_byte([row], tokenizer, 1.0)

@@ -46,6 +46,8 @@ WRONG = {
     "--model_id=text.jsonl": "text.jsonl is neither a folder, check the name",
     "--model_id=checkpoints/last": "--model_id checkpoints/last, --resume_from, --export_hf",
     "--model_id=checkpoints/merged.ckpt": "merged.ckpt, --resume_from, --export_hf",
+    "--model_id=adapter": "adapter is an adapter, --resume_from, --export_hf",
+    "--chat --model_id=model": "model has no chat template, --generate",
     "--model_id=gpt2": "gpt2 is a model of type 'gpt2', 'llama'",
     "--model_id=mute": "mute has no tokenizer.json, --tokenizer_id=llama3",
     "--model_id=torn": "torn/model.safetensors cannot be read, download",
@@ -118,7 +120,7 @@ WRONG = {
 
 FILES = {"bad.jsonl": '{"text": 1}\nno JSON\n[]\n', "chats.jsonl": '{"prompt": "x", "completion": "y"}'}
 FILES |= {"few.txt": "few", "latin.txt": "caf\xe9", "notes/diary.pdf": "mine"}
-FILES |= {"torn/model.safetensors": "torn"}
+FILES |= {"adapter/adapter_config.json": "{}", "torn/model.safetensors": "torn"}
 FILES |= {"lists/model.safetensors.index.json": '{"weight_map": ["x"]}'}
 THETA = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
 CHANGED = {"more": {"num_hidden_layers": 4}, "fewer": {"num_hidden_layers": 2}, "theta": THETA}

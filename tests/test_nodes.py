@@ -1,5 +1,7 @@
 """Several nodes, each with a torchrun on loopback, train as one, or all end with the same sentence."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -70,3 +72,17 @@ def test_what_one_node_does_otherwise_ends_all_with_the_same_sentence(nodes, tmp
     codes, said = nodes([], [flag.format(tmp_path)] if flag else [])
     assert codes == [1, 1] and all(expected in text for text in said), said
     assert not (tmp_path / "log" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("other, code", [("--seed=0", 0), ("--learning_rate=1e-2", 1)])
+def test_the_doctor_compares_the_nodes(nodes, tmp_path, other, code):
+    report = f"--output_path={tmp_path / 'report.json'}"
+    codes, said = nodes(["--doctor", report], ["--doctor", report, other])
+    assert codes == [code, code], said
+    lines = [line for line in said[0].splitlines() if line.startswith(("ok", "warning", "fault"))]
+    status = {line.split()[1]: line.split()[0] for line in lines}
+    assert status["nodes"] == ("fault" if code else "ok") and status["clocks"] == status["data"] == "ok"
+    assert "gloo sum right over 2 ranks" in said[0] and "(2 ranks); clocks within" in said[0]
+    assert ("rank 1" in said[0] and "has --learning_rate 0.01, rank 0 has 0.001" in said[0]) == bool(code)
+    checks = json.loads((tmp_path / "report.json").read_text())["checks"]
+    assert f"versions on {os.uname().nodename}" in [check["check"] for check in checks]  # the other node's

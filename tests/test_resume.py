@@ -1,5 +1,6 @@
 """A resume takes what its run was, names what differs, replaces nothing, and refuses what cannot be."""
 
+import json
 import math
 import os
 import shutil
@@ -8,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from helpers.runs import ROOT, environment, make_text, outputs, prepare, python, rows
+from transformers import AutoTokenizer
 
 import train
 from trainer import checkpoint
@@ -64,6 +67,28 @@ def test_a_resume_takes_the_flags_of_its_run_and_names_what_differs(run, caplog)
     assert "--weight_decay=0.2, the checkpoint's run had 0.1" in caplog.text
     assert "--learning_rate=0.001, as the checkpoint's run (without it: 2e-05)" in caplog.text
     assert "--max_train_steps" not in caplog.text.split("resumed from")[0]
+
+
+def test_evaluate_takes_the_model_and_data_of_the_checkpoint(run, tiny, prepared, capsys):
+    assert train.main(["--evaluate", "--resume_from=last", *outputs(run)]) == 0
+    loss = rows(run / "log", "val_loss")[4]["val_loss"]
+    tokenizer, targets, text = AutoTokenizer.from_pretrained(tiny), 0, ""
+    for row in datasets.load_from_disk(str(prepared))["validation"]:
+        learned = [i for n, i in enumerate(row["input_ids"]) if n and n not in row["document_starts"]]
+        targets, text = targets + len(learned), text + tokenizer.decode(learned, skip_special_tokens=True)
+    bits = loss * targets / math.log(2) / len(text.encode())
+    last = f"val_loss={loss:.6f} perplexity={math.exp(loss):.6f}"
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"bits_per_byte={bits:.6f}", last]
+
+
+def test_evaluate_says_why_there_are_no_bits_per_byte(run, prepared, tmp_path, caplog, capsys):
+    copy = Path(shutil.copytree(prepared, tmp_path / "data"))
+    known = json.loads((copy / "preparation.json").read_text()) | dict(tokenizer_id=str(tmp_path / "gone"))
+    (copy / "preparation.json").write_text(json.dumps(known))
+    flags = ["--evaluate", "--resume_from=last", f"--dataset_path={copy}", *outputs(run)]
+    assert train.main(flags) == 0
+    assert "no bits per byte" in caplog.text and "gone" in caplog.text
+    assert capsys.readouterr().out.splitlines()[-1].startswith("val_loss=")
 
 
 def test_other_content_at_the_same_path_is_refused_or_allowed(flags, tiny, refused, tmp_path, caplog):

@@ -31,7 +31,7 @@ def verify(script: Path, given: dict, folder: Path, ranks: int, steps: int) -> s
     shutil.rmtree(folder, ignore_errors=True)
     every = max(1, steps // 4)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    kept = {name: value for name, value in given.items() if name not in OWN}
+    kept = {name: value for name, value in given.items() if name not in OWN and value is not False}
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in kept.items()]
     flags += [f"--max_train_steps={steps}", f"--save_every_n_train_steps={every}", "--deterministic"]
 

@@ -117,10 +117,12 @@ class LogConfig:
 class HookMapConfig:
     """The caller's functions.
 
+    on_train_start(trainer) runs on rank 0 alone, once the run's folders hold nothing of another run.
     on_save_checkpoint(trainer, state) may add JSON values to the state that a checkpoint carries.
     on_train_end(trainer) runs after the last step's save and validation.
     """
 
+    on_train_start: Callable | None = None
     on_save_checkpoint: Callable | None = None
     on_train_end: Callable | None = None
 

@@ -226,7 +226,7 @@ def _gathered(run: Run, group: str, shards: int) -> int:
     return _width(run) * sum(elements for _, elements, trained in parts if trained or shards > 1)
 
 
-def _trained(run: Run) -> int:
+def trained(run: Run) -> int:
     """The number of parameters that train."""
     found = measure.facts(run.model)
     layer, others = (sum(n for _, n, trained in found[group] if trained) for group in ("layer", "others"))
@@ -272,7 +272,7 @@ def step_seconds(run: Run, plan: Plan) -> float:
     computing, sending = _computing_seconds(run, plan), _sending_seconds(run, plan)
     both = computing + sending if run.on_cpu else max(computing, sending)
     micro_batch = both + sending / run.layers  # nothing hides the first layer's
-    updating = STATE_PASSES * 16 * _trained(run) / plan.dp_shard / (run.device.memory_gbps * 1e9)
+    updating = STATE_PASSES * 16 * trained(run) / plan.dp_shard / (run.device.memory_gbps * 1e9)
     return plan.grad_accumulation_steps * micro_batch + updating
 
 
@@ -287,7 +287,7 @@ def _computing_seconds(run: Run, plan: Plan) -> float:
     forward, backward = PASSES["compiled" if run.compiled else "eager"]
     passes = forward * (2 if selective else 1 + again) + backward
     moved = passes * run.layers * _kept(run, "none", tokens)
-    moved += _gathers(plan) * (4 + _width(run)) * _trained(run) / plan.dp_shard  # casts of the master weights
+    moved += _gathers(plan) * (4 + _width(run)) * trained(run) / plan.dp_shard  # casts of the master weights
     multiplying = tokens * (products / PRODUCTS + attention / ATTENTION) / (run.device.tflops * 1e12)
     return multiplying + moved / (run.device.memory_gbps * 1e9)
 
@@ -299,7 +299,7 @@ def _gathers(plan: Plan) -> float:
 
 def _sending_seconds(run: Run, plan: Plan) -> float:
     """Weights are gathered for forward and backward, gradients reduced in fp32, in a micro-batch."""
-    shards, replicas, gradients = plan.dp_shard, plan.dp_replicate, 4 * _trained(run)
+    shards, replicas, gradients = plan.dp_shard, plan.dp_replicate, 4 * trained(run)
     layer, others = (_gathered(run, group, shards) for group in ("layer", "others"))
     link, network = run.device.link_gbps * 1e9, min(run.device.link_gbps, NODE_GBPS) * 1e9
     gathered = _gathers(plan) * run.layers * layer + others

@@ -129,6 +129,8 @@ class Trainer:
         for log in self.loggers:
             log.setup(self.options.run_id, self.parents, branched=bool(replaced) or not home)
         folders.make_room(self.save_dir, home, replaced)
+        if hook := self.args.hook.on_train_start:
+            hook(self)
         return home
 
     def _restore(self) -> None:

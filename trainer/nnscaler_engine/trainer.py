@@ -200,6 +200,8 @@ class RunHook(cli.train_hook.TrainHook):
         self.loggers = [config.type(**config.args) for config in self.args.log if trainer.rank == 0]
         for log in self.loggers:
             log.setup(self.options.run_id, self.parents, branched=False)
+        if trainer.rank == 0 and self.args.hook.on_train_start:
+            self.args.hook.on_train_start(trainer)
         trainer.train_status.best_loss = self.best or math.inf
         if self.options.validate_first and self.state.step == 0:
             trainer._validate(cli.trainer._StepStat())
