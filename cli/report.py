@@ -80,8 +80,7 @@ def summarize(args, first_step: int, began: float, trainer) -> None:
     from trainer.loggers import duration
 
     log_dir = Path(args.log_dir)
-    curves.draw(log_dir)
-    rows = curves.read_metrics(log_dir)
+    rows = curves.draw(log_dir)
     lines, losses = {}, curves.points(rows, "train_loss")
     steps = [row for row in rows if "step_seconds" in row and row["step"] > first_step]
     seconds = sum(row["step_seconds"] for row in steps)
@@ -133,17 +132,20 @@ def repeated(args, ranks: int = 1, **more) -> str:
 
 def command(flags: dict, ranks: int = 1) -> str:
     """A command line for the shell; the ranks are those of all nodes."""
-    where = Path(sys.executable).parent
-    python = "python" if shutil.which("python") == sys.executable else _near(sys.executable)
+    on_path = shutil.which("python") == sys.executable
+    start, comment = "python" if on_path else shlex.quote(_near(sys.executable)), ""
     if ranks > 1:
-        on_path = shutil.which("torchrun") == str(where / "torchrun")
-        python = "torchrun" if on_path else f"{python} -m torch.distributed.run"
+        on_path = shutil.which("torchrun") == str(Path(sys.executable).with_name("torchrun"))
+        start = "torchrun" if on_path else f"{start} -m torch.distributed.run"
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-        meet = f"--rdzv-backend=c10d --rdzv-endpoint={os.environ.get('MASTER_ADDR')}:29500"
-        python += f" --nnodes={nodes} {meet}" if nodes > 1 else " --standalone"
-        python += f" --nproc_per_node={ranks // nodes}"
-    given = [f"--{name}" if value in (True, "") else f"--{name}={value}" for name, value in flags.items()]
-    return f"{python} {shlex.join([_near(Path(__file__).parents[1] / 'train.py'), *given])}"
+        meet = " --standalone"
+        if nodes > 1:
+            meet = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint={os.environ['MASTER_ADDR']}:29500"
+            comment = "  # on each node"
+        start += f"{meet} --nproc_per_node={ranks // nodes}"
+    given = [f"--{k}" if value is True or value == "" else f"--{k}={value}" for k, value in flags.items()]
+    script = _near(Path(__file__).parents[1] / "train.py")
+    return f"{start} {shlex.join([script, *given])}{comment}"
 
 
 def _given(args, names: set) -> dict:

@@ -56,11 +56,11 @@ def smoothed(values: list[float]) -> list[float]:
     return (np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")).tolist()
 
 
-def draw(log_dir: Path) -> str:
-    """Draws the run's curves.png; returns what to tell."""
+def draw(log_dir: Path) -> list[dict]:
+    """Draws the run's curves.png; returns its rows."""
     rows = read_metrics(log_dir)
     _save([(log_dir, rows)], log_dir / "curves.png")
-    return f"{log_dir / 'curves.png'}: {validation_summary(points(rows, 'val_loss'))}"
+    return rows
 
 
 def _save(runs: list[tuple[Path, list[dict]]], path: Path) -> None:
@@ -181,11 +181,12 @@ def main() -> None:
     parser.add_argument("--output_path", type=Path, default=Path("curves.png"), help=text)
     args = parser.parse_args()
     try:
-        for log_dir in args.log_dir:
-            print(draw(log_dir))
-        if len(args.log_dir) > 1:
-            _save([(log_dir, read_metrics(log_dir)) for log_dir in args.log_dir], args.output_path)
-            print(f"{args.output_path}: the {len(args.log_dir)} runs in one picture")
+        runs = [(log_dir, draw(log_dir)) for log_dir in args.log_dir]
+        for log_dir, rows in runs:
+            print(f"{log_dir / 'curves.png'}: {validation_summary(points(rows, 'val_loss'))}")
+        if len(runs) > 1:
+            _save(runs, args.output_path)
+            print(f"{args.output_path}: the {len(runs)} runs in one picture")
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}; name a run's --log_dir that can be written")
 

@@ -55,8 +55,7 @@ class Progress:
 
     def __init__(self, last_step: int):
         self.last_step, self._held = last_step, contextlib.ExitStack()
-        self._seconds = collections.deque(maxlen=50)  # of the last steps
-        self._first, self._bar = True, None
+        self._seconds, self._bar = collections.deque(maxlen=50), None  # of the last steps
 
     def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
         if not sys.stderr.isatty():
@@ -76,14 +75,13 @@ class Progress:
             self._show(metrics, step)
 
     def _show(self, metrics: dict, step: int) -> None:
-        if not self._first:
-            self._seconds.append(metrics["step_seconds"])
-        self._first = False
-        to_do = self.last_step - step
-        left = duration(statistics.median(self._seconds) * to_do) if to_do and self._seconds else ""
-        loss, numbers = f"{metrics['train_loss']:.4f}", "lr {lr:.3g}, gnorm {gnorm:.3g}, ".format(**metrics)
-        mfu = ", MFU {mfu:.0%}" if "mfu" in metrics else ""
-        numbers += f"{{tokens_per_second:,.0f}} tokens/s{mfu}, {{peak_memory_gib:.1f}} GiB".format(**metrics)
+        self._seconds.append(metrics["step_seconds"])
+        recent, to_do, loss = [*self._seconds][1:], self.last_step - step, f"{metrics['train_loss']:.4f}"
+        left = duration(statistics.median(recent) * to_do) if recent and to_do else ""
+        numbers = f"lr {metrics['lr']:.3g}, gnorm {metrics['gnorm']:.3g}"
+        numbers += f", {metrics['tokens_per_second']:,.0f} tokens/s"
+        numbers += f", MFU {metrics['mfu']:.0%}" if "mfu" in metrics else ""
+        numbers += f", {metrics['peak_memory_gib']:.1f} GiB"
         if self._bar:
             self._bar.set_description_str(f"{left and left + ' left, '}loss {loss}, {numbers}", refresh=False)
             self._bar.update(step - self._bar.n)
