@@ -151,6 +151,7 @@ def trainer_args(args, config, resumed, fingerprint: str):
     from trainer import args as interface
 
     state, resume_from = (resumed.state, resumed.path) if resumed else (None, None)
+    began_at = state["step"] if resumed else 0
     train_set, val_set = split_arguments(args, config.vocab_size)
     adamw = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, state))
@@ -176,7 +177,7 @@ def trainer_args(args, config, resumed, fingerprint: str):
         log=logs(args),
         hook=interface.HookMapConfig(
             on_save_checkpoint=lambda _, state: state.update(about),
-            on_train_end=functools.partial(report.summarize, args, state.get("step", 0), time.monotonic()),
+            on_train_end=functools.partial(report.summarize, args, began_at, time.monotonic()),
         ),
         **settings.batch_sizes(args, state),
         **chosen(args, "micro_batch_size", "max_train_steps", "val_every_n_train_steps"),

@@ -89,7 +89,8 @@ def summarize(args, first_step: int, began: float, trainer) -> None:
     lines["trained"] = f"{spent}: {tokens:,.0f} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
     if losses:
         lines["training"] = ", ".join(f"loss {y:.4f} at step {x}" for x, y in (losses[0], losses[-1]))
-    lines["validation"] = curves.validation_summary(curves.points(rows, "val_loss"))
+    validation = curves.validation_summary(curves.points(rows, "val_loss"))
+    lines["validation"] = validation.removeprefix("validation ")
     lines["memory"] = memory(trainer, steps)
     lines["checkpoint"], lines["curves"] = f"{args.save_dir}/last", f"{log_dir / 'curves.png'}"
     export = {"export_adapter" if args.lora_rank else "export_hf": True}
@@ -132,11 +133,10 @@ def repeated(args, ranks: int = 1, **more) -> str:
 
 def command(flags: dict, ranks: int = 1) -> str:
     """A command line for the shell; the ranks are those of all nodes."""
-    on_path = shutil.which("python") == sys.executable
-    start, comment = "python" if on_path else shlex.quote(_near(sys.executable)), ""
+    here = Path(sys.executable).parent
+    start, comment = "python" if _found("python", here) else shlex.quote(_near(sys.executable)), ""
     if ranks > 1:
-        on_path = shutil.which("torchrun") == str(Path(sys.executable).with_name("torchrun"))
-        start = "torchrun" if on_path else f"{start} -m torch.distributed.run"
+        start = "torchrun" if _found("torchrun", here) else f"{start} -m torch.distributed.run"
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         meet = " --standalone"
         if nodes > 1:
@@ -150,6 +150,11 @@ def command(flags: dict, ranks: int = 1) -> str:
 
 def _given(args, names: set) -> dict:
     return {name: value for name, value in args.given.items() if name in names}
+
+
+def _found(program: str, folder: Path) -> bool:
+    """Does the shell find the program in that folder?"""
+    return shutil.which(program) == str(folder / program)
 
 
 def _near(path) -> str:

@@ -38,11 +38,12 @@ def wandb_rows(log_dir: Path) -> tuple[set[str], list[dict]]:
 
 def trackio_rows(folder: Path) -> tuple[set[str], list[dict]]:
     """The names of the runs in trackio's own database, and their rows."""
-    read = (
-        "import json, trackio.sqlite_storage as s; storage = s.SQLiteStorage; "
-        "runs = storage.get_runs('llama3'); logs = [row for run in runs for row in storage.get_logs('llama3', run)];"
-        "print(json.dumps([runs, logs], default=str))"
-    )
+    read = """
+import json
+from trackio.sqlite_storage import SQLiteStorage
+runs = SQLiteStorage.get_runs("llama3")
+print(json.dumps([runs, [row for run in runs for row in SQLiteStorage.get_logs("llama3", run)]], default=str))
+"""
     names, found = json.loads(python("-c", read, TRACKIO_DIR=str(folder)).stdout.splitlines()[-1])
     return {*names}, found
 

@@ -106,7 +106,7 @@ def test_the_lines_and_the_summary_say_what_the_metrics_hold(chain):
     losses = f"loss {logged[1]['train_loss']:.4f} at step 1, loss {logged[3]['train_loss']:.4f} at step 3"
     assert told(summary, "training") == losses
     first, last = (f"{validated[step]['val_loss']:.4f} at step {step}" for step in (2, 3))
-    assert told(summary, "validation").startswith(f"validation loss {first}, {last}")
+    assert told(summary, "validation").startswith(f"loss {first}, {last}")
     speed = f": {logged[3]['tokens']:,} tokens, {logged[3]['tokens'] / total:,.0f} tokens/s"
     assert re.fullmatch(f"3 steps in [0-9]+ s{re.escape(speed)}", told(summary, "trained"))
     assert told(summary, "memory") == f"peak of a rank {logged[3]['peak_memory_gib']:.2f} GiB"

@@ -84,7 +84,7 @@ def figure(runs: list[tuple[Path, list[dict]]]):
     for (log_dir, rows), color in zip(runs, RUNS * len(runs), strict=False):
         for name, axis in axes.items():
             label = log_dir.resolve().name if len(runs) > 1 else "training" if name == "train_loss" else None
-            _curve(axis, points(rows, name), color, label)
+            _curve(axis, points(rows, name), color, label, smooth=name != "lr")
         if validated := points(rows, "val_loss"):
             label = "validation" if len(runs) == 1 else None
             style = dict(color=RED, mec="white") if len(runs) == 1 else dict(color=color, mec="black")
@@ -93,24 +93,24 @@ def figure(runs: list[tuple[Path, list[dict]]]):
             _mark_events(axes["train_loss"], rows, _read(log_dir / "run.json").get("parents", []))
     axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
-    axes["tokens_per_second"].set_ylim(bottom=0)
-    axes["gnorm"].set_ylim(bottom=0)
+    for name in ("lr", "gnorm", "tokens_per_second"):
+        axes[name].set_ylim(bottom=0)
     if axes["train_loss"].lines:
         axes["train_loss"].legend(loc="upper right")
     title = runs[0][0].resolve().name if len(runs) == 1 else f"{len(runs)} runs"
     found.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-    if len(runs) == 1:
-        found.text(0.99, 0.985, configuration(runs[0][0]), ha="right", va="top", fontsize=8, color=GREY)
+    corner = configuration(runs[0][0]) if len(runs) == 1 else "points: validation"
+    found.text(0.99, 0.985, corner, ha="right", va="top", fontsize=9, color=GREY)
     return found
 
 
-def _curve(axis, found: list[tuple], color: str, label: str | None) -> None:
-    """Each step's value in a light tone, and the smoothed ones over it; few steps as points."""
+def _curve(axis, found: list[tuple], color: str, label: str | None, smooth: bool) -> None:
+    """Each step's value, if wanted in a light tone and the smoothed ones over it; few steps as points."""
     if not found:
         return
     steps, values = zip(*found, strict=True)
-    if len(steps) < 40:
-        axis.plot(steps, values, "o-", ms=3, color=color, label=label)
+    if not smooth or len(steps) < 40:
+        axis.plot(steps, values, "o-" if len(steps) < 40 else "-", ms=3, color=color, label=label)
     else:
         axis.plot(steps, values, color=color, alpha=0.25, lw=1)
         axis.plot(steps, smoothed(values), color=color, lw=1.8, label=label)
@@ -126,7 +126,7 @@ def _mark_events(axis, rows: list[dict], parents: list) -> None:
     for steps, marker, color, label in events:
         if steps:
             edge = dict(transform=axis.get_xaxis_transform(), clip_on=False, zorder=3)
-            axis.plot(steps, [0.02] * len(steps), marker, ms=6, color=color, mec="white", label=label, **edge)
+            axis.plot(steps, [0.02] * len(steps), marker, ms=7, color=color, mec="white", label=label, **edge)
 
 
 def configuration(log_dir: Path) -> str:
