@@ -1,9 +1,13 @@
 """What a person sees: the banner, the progress, the summary, and commands that work as they are printed."""
 
+import contextlib
 import fcntl
+import io
+import logging
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -12,7 +16,7 @@ import termios
 
 import datasets
 import pytest
-from helpers.runs import ROOT, environment, make_text, outputs, python, rows, torchrun, wait_for
+from helpers.runs import ROOT, environment, make_text, outputs, rows, wait_for
 
 import train
 from cli import report, settings
@@ -25,13 +29,34 @@ def told(text: str, name: str) -> str:
     return re.search(rf"^  {name} +(.*)$", text, re.M)[1]
 
 
+def following(text: str) -> str:
+    """The command after `next:`."""
+    return re.search("^next: (.*)$", text, re.M)[1]
+
+
 def run_printed(command: str) -> subprocess.CompletedProcess:
     """Runs a command as a shell would that has this Python on its PATH."""
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
     options = dict(cwd=ROOT, env=environment(PATH=path), shell=True, capture_output=True, text=True)
-    done = subprocess.run(command, timeout=120, **options)
+    done = subprocess.run(command, timeout=300, **options)
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     return done
+
+
+def run_here(command: str) -> str:
+    """Runs a printed command in this process, and returns what it logs and prints."""
+    said, words = io.StringIO(), shlex.split(command)
+    handler, root = logging.StreamHandler(said), logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(said):
+            assert train.main(words[words.index("train.py") + 1 :]) == 0
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +67,13 @@ def chain(tiny, tmp_path_factory):
     flags = [f"--model_id={tiny}", f"--dataset_id={text}", f"--dataset_path={out / 'data'}", *outputs(out)]
     flags += ["--max_seq_len=32", "--validation_fraction=0.2", "--global_batch_size=4", "--max_train_steps=3"]
     flags += ["--precision=fp32", "--learning_rate=1e-3", "--val_every_n_train_steps=2"]
-    said = {"prepare": python("train.py", "--prepare_data", *flags).stderr}
-    said["train"] = run_printed(re.search("^next: (.*)", said["prepare"], re.M)[1]).stderr
-    said["longer"] = run_printed(told(said["train"], "or longer")).stderr
-    said["export"] = run_printed(told(said["train"], "next")).stderr
-    said["generate"] = run_printed(re.search("^next: (.*)", said["export"], re.M)[1]).stdout
-    said["merge"] = python("train.py", "--merge_checkpoint", f"--save_dir={out / 'ckpt'}").stderr
-    said["export merged"] = run_printed(re.search("^next: (.*)", said["merge"], re.M)[1]).stdout
+    said = {"prepare": run_here(shlex.join(["train.py", "--prepare_data", *flags]))}
+    said["train"] = run_printed(following(said["prepare"])).stderr
+    said["longer"] = run_here(told(said["train"], "or longer"))
+    said["export"] = run_here(told(said["train"], "next"))
+    said["generate"] = run_here(following(said["export"]))
+    said["merge"] = run_here(f"train.py --merge_checkpoint '--save_dir={out / 'ckpt'}'")
+    said["export merged"] = run_here(following(said["merge"]))
     return out, said
 
 
@@ -56,7 +81,7 @@ def test_each_printed_command_leads_to_the_next(chain):
     out, said = chain
     assert sorted(rows(out / "log", "train_loss")) == [1, 2, 3, 4, 5, 6]  # three steps, then three more
     assert "resumed from" in said["longer"] and (out / "ckpt" / "hf" / "config.json").exists()
-    assert said["generate"].startswith("Once upon a time")
+    assert "Once upon a time" in said["generate"]
     assert f"exported {out / 'ckpt' / 'merged.ckpt'} to" in said["export merged"]
 
 
@@ -155,10 +180,9 @@ def screen(output: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("columns", [200, 60])
-def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path, columns):
+def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path):
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 100, 0, 0))
     more = ["--max_train_steps=30", "--save_every_n_train_steps=10", "--async_save=on", *outputs(tmp_path)]
     command = [sys.executable, "train.py", *flags, *more]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=theirs, stdout=subprocess.PIPE)
@@ -176,7 +200,7 @@ def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path
     bars = [line for line in lines if "█" in line]
     assert len(bars) == 1, lines
     assert bars[0].startswith(f"step 30/30 |{'█' * 12}| loss {logged[30]['train_loss']:.4f}, lr 0.001, gnorm")
-    assert len(bars[0]) <= columns and ("GiB" in bars[0]) == (columns == 200)
+    assert len(bars[0]) <= 100 and " tokens/s, " in bars[0] and max(map(len, seen.decode().split("\r"))) < 300
     assert any(" left, loss " in part for part in seen.decode().split("\r"))
     saves = [line for line in lines if "saved" in line]
     assert len(saves) == 3 and all(
@@ -203,18 +227,13 @@ def test_the_command_after_an_interruption_continues_on_as_many_ranks(flags, tmp
         process.send_signal(signal.SIGTERM)
         process.wait(60)
     said, stopped = (tmp_path / "said").read_text(), max(rows(tmp_path / "log", "train_loss"))
-    command = re.search("^next: (.*)", said, re.M)[1]
+    command = following(said)
     assert "--nproc_per_node=2" in command and said.count("next: ") == 1
     again = run_printed(command.replace("=400", f"={stopped + 2}"))
     assert f"step {stopped}, {4 * stopped} samples seen" in again.stderr
     assert max(rows(tmp_path / "log", "train_loss")) == stopped + 2
-
-
-def test_two_ranks_say_each_thing_once(flags, tmp_path):
-    said = torchrun(2, "train.py", *flags, "--max_train_steps=2", *outputs(tmp_path)).stderr
-    lines = [line for line in said.splitlines() if "OMP_NUM_THREADS" not in line and line.strip("* ")]
-    assert len(lines) == len({*lines}) and "2 x CPU, gloo" in said
-    assert "Warning" not in said.replace("OMP_NUM_THREADS", "")
+    lines = [line for line in again.stderr.splitlines() if "OMP_NUM_THREADS" not in line and line.strip("* ")]
+    assert len(lines) == len({*lines}) and told(again.stderr, "devices") == "2 x CPU, gloo"
 
 
 WRONG = {

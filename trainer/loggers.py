@@ -203,7 +203,7 @@ class WandbLogger:
 
         name, project = _reported(self.log_dir), os.environ.get("WANDB_PROJECT", PROJECT)
         # A resume may repeat steps: they are an axis of their own, as wandb's steps only grow.
-        options = dict(id=name, resume="allow", settings=wandb.Settings(console="off"))
+        options = dict(id=name, resume="allow", settings=wandb.Settings(console="off", quiet=True))
         options |= dict(name=self.log_dir.name, config=self.config, dir=self.log_dir)
         self._run = _started("wandb", wandb.init, project=project, **options)
         self._run.define_metric("*", step_metric="step")
@@ -227,13 +227,13 @@ class TrackioLogger:
         name = f"{self.log_dir.name}-{_reported(self.log_dir)}"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         options = dict(name=name, resume="allow", config=self.config)
-        self._run = _started("trackio", trackio.init, project=project, **options)
+        self._trackio, self._run = trackio, _started("trackio", trackio.init, project=project, **options)
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
         self._run.log(_numbers(metrics, tag), step=step)
 
     def finalize(self) -> None:
-        self._run.finish()
+        self._trackio.finish()
 
 
 def _numbers(metrics: dict, tag: str) -> dict[str, float]:
