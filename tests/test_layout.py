@@ -77,9 +77,9 @@ def test_every_module_says_its_job_in_a_line():
 def test_the_house_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in [*PRODUCT, *TESTS]}
     sbatch = len((ROOT / "tools" / "train.sbatch").read_text().splitlines())
-    assert sum(lines[path] for path in PRODUCT) + sbatch <= 6117
-    assert sum(lines[path] for path in TESTS) <= 5281
-    assert lines[ROOT / "train.py"] <= 370
+    assert sum(lines[path] for path in PRODUCT) + sbatch <= 6582
+    assert sum(lines[path] for path in TESTS) <= 5677
+    assert lines[ROOT / "train.py"] <= 378
     assert sum(lines[path] for path in PRODUCT if "nnscaler_engine" in path.parts) <= 360
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):

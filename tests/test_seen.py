@@ -214,9 +214,8 @@ def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path
 
 def test_the_command_after_an_interruption_continues_on_as_many_ranks(flags, tmp_path):
     more = ["--max_train_steps=400", *outputs(tmp_path)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with open(tmp_path / "said", "w+") as output:
-        command = [sys.executable, *launcher, "train.py", *flags, *more]
+        command = [sys.executable, *TWO_RANKS, "train.py", *flags, *more]
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
         metrics = tmp_path / "log" / "metrics.jsonl"
         wait_for(
