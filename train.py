@@ -11,6 +11,7 @@ python train.py --demo --export_hf                      a Hugging Face folder
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import os
@@ -21,8 +22,8 @@ import time
 import traceback
 from pathlib import Path
 
-from cli import checks, diagnosing, exporting, flagfile, flags, planning, settings
-from cli.flags import chosen
+from cli import checks, diagnosing, exporting, flagfile, flags, planning, report, settings
+from cli.flags import chosen, reporters
 from cli.settings import is_first_rank, world_size
 from trainer.args import TrainingFailed
 from trainer.ending import complain, record
@@ -33,6 +34,8 @@ logger = logging.getLogger("train")
 
 
 def prepare(args) -> None:
+    import torch
+
     from llama3 import assets, data
 
     source = chosen(args, "dataset_id", "text_column", "skip_bad_samples")
@@ -42,6 +45,8 @@ def prepare(args) -> None:
     if found < (needed := args.global_batch_size or args.micro_batch_size * args.grad_accumulation_steps):
         fix = "prepare more text, or train with a lower --global_batch_size"
         logger.warning("WARNING: %d samples are fewer than a global batch (%d): %s", found, needed, fix)
+    else:
+        report.say_next(report.repeated(args, torch.cuda.device_count()))
 
 
 # ---------------------------------------------------------------- train
@@ -61,7 +66,12 @@ def train(args) -> None:
         if ranks.by_first_rank(checkpoints, save_dir) != before:
             raise ValueError(f"another run saved to {save_dir} while this one started: start again")
         ranks.together(lambda: is_first_rank() or folders.check_shared(save_dir, lock))
-        trainer.run()
+        report.banner(args, trainer)
+        try:
+            trainer.run()
+        except SystemExit:  # a signal came, and all ranks have saved
+            report.say_next(report.continuing(args))
+            raise
 
 
 @contextlib.contextmanager
@@ -108,6 +118,7 @@ def prepare_trainer(args, engine_name: str, resumed):
     if resumed:
         checks.check_same_model(resumed.path, config, state)
     checks.check_adapter(args, resumed and resumed.path, state)
+    checks.check_reporters(args)
     checks.say_what_has_no_effect(args, config, state)
     plan = None
     if (args.mode, engine_name) == ("train", "native"):
@@ -137,9 +148,9 @@ def trainer_args(args, config, resumed, fingerprint: str):
 
     from llama3 import data, model
     from trainer import args as interface
-    from trainer import loggers
 
     state, resume_from = (resumed.state, resumed.path) if resumed else (None, None)
+    began_at = state["step"] if resumed else 0
     train_set, val_set = split_arguments(args, config.vocab_size)
     adamw = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, state))
@@ -150,7 +161,6 @@ def trainer_args(args, config, resumed, fingerprint: str):
     if args.val_every_n_train_steps and not val_set:
         logger.warning("WARNING: --val_every_n_train_steps, but %s has no validation set", args.dataset_path)
     plan_ngpus = args.plan_ngpus if args.mode == "train" else 1  # our engine evaluates
-    logs, log_dir = (loggers.JsonlLogger, loggers.TensorBoardLogger), dict(log_dir=args.log_dir)
     train_args = interface.TrainerArgs(
         compute_config=interface.ComputeConfig(plan_ngpus, runtime_ngpus=world_size()),
         model=interface.ModelConfig(model.Llama, settings.model_arguments(args)),
@@ -163,11 +173,11 @@ def trainer_args(args, config, resumed, fingerprint: str):
             resume_from=resume_from,
             **chosen(args, "save_dir", "keep_last_n_checkpoints"),
         ),
-        log=[interface.LogConfig(logger_class, log_dir) for logger_class in logs],
+        log=logs(args),
         hook=interface.HookMapConfig(
             on_train_start=lambda _: save_flags(args, about["config"]),
             on_save_checkpoint=lambda _, state: state.update(about),
-            on_train_end=lambda _: draw_curves(args.log_dir),
+            on_train_end=functools.partial(report.summarize, args, began_at, time.monotonic()),
         ),
         **settings.batch_sizes(args, state),
         **chosen(args, "micro_batch_size", "max_train_steps", "val_every_n_train_steps"),
@@ -217,11 +227,18 @@ def schedule(args, resumed: dict | None):
     return factor
 
 
-def draw_curves(log_dir: str) -> None:
-    if is_first_rank():
-        from tools import curves
+def logs(args) -> list:
+    """The loggers: metrics.jsonl, what a person sees, and those of --report_to."""
+    from trainer import loggers
+    from trainer.args import LogConfig
 
-        logger.info("curves: %s", curves.draw(Path(log_dir)))
+    where = dict(log_dir=args.log_dir)
+    found = [LogConfig(loggers.JsonlLogger, where)]
+    found += [LogConfig(loggers.Progress, dict(last_step=args.max_train_steps))]
+    for name in reporters(args):
+        about = {} if name == "tensorboard" else dict(config=chosen(args, *flags.FLAGS))
+        found.append(LogConfig(loggers.REPORTERS[name], where | about))
+    return found
 
 
 # ---------------------------------------------------------------- after training
@@ -255,6 +272,7 @@ def merge(args) -> None:
     engine.open_checkpoint(source).merge(merged)
     size, seconds = merged.stat().st_size / 2**30, time.perf_counter() - began
     print(f"merged {source} into {merged}: {size:.2f} GiB in {seconds:.1f} s")
+    report.say_next(report.repeated(args, export_hf=merged))
 
 
 def export(args) -> None:
@@ -264,6 +282,7 @@ def export(args) -> None:
     print(
         f"exported {source.resolve()} to {folder}: AutoModelForCausalLM.from_pretrained('{folder}') loads it"
     )
+    report.say_next(report.command(dict(generate="Once upon a time", model_id=folder)))
 
 
 def export_adapter(args) -> None:
@@ -278,6 +297,7 @@ def export_adapter(args) -> None:
         folder, resolved.model_id, found, source.shapes, source.parameters(), TensorFileWriter
     )
     print(f"exported {source.path} to {folder}: PeftModel.from_pretrained(model, '{folder}') loads it")
+    report.say_next(report.repeated(args, export_hf=args.export_adapter or True))
 
 
 def generate(args) -> None:
@@ -332,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C, 143 by SIGTERM after a save."""
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    logging.captureWarnings(True)  # once, from rank 0, and above the progress bar
     for noisy in ("httpx", "httpx2", "datasets", "torch.distributed", "nnscaler"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # of selective recompute

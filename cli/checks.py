@@ -1,12 +1,13 @@
 """Compares the flags with the prepared data, the model and the checkpoint, before training begins."""
 
+import importlib.util
 import json
 import logging
 import os
 import shlex
 from pathlib import Path
 
-from cli.flags import FLAGS, LORA, chosen
+from cli.flags import FLAGS, LORA, chosen, reporters
 from cli.settings import is_first_rank
 from llama3 import presets
 
@@ -66,6 +67,14 @@ def check_adapter(args, path: Path | None, state: dict) -> None:
         if mine != saved:
             fix = f"leave --{name} out, or start afresh without --resume_from"
             raise ValueError(f"{path} is of an adapter with --{name}={saved}, not {mine}: {fix}")
+
+
+def check_reporters(args) -> None:
+    """Raises ValueError if a library that --report_to names is not installed on rank 0, which reports."""
+    names = [name for name in reporters(args) if name != "tensorboard"] if is_first_rank() else []
+    if missing := " ".join(name for name in names if importlib.util.find_spec(name) is None):
+        fix = f"pip install {missing}, or leave it out"
+        raise ValueError(f"--report_to={args.report_to}: {missing} is not installed: {fix}")
 
 
 def say_what_has_no_effect(args, config, state: dict) -> None:

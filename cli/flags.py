@@ -57,6 +57,7 @@ FLAGS = {
     "allow_changed_data": (False, bool, "resume on other data than the checkpoint's run had"),
     "save_dir": ("./checkpoints", path, "folder of the checkpoints"),
     "log_dir": ("./runs/llama3_demo", path, "folder of metrics.jsonl, TensorBoard events, curves.png"),
+    "report_to": ("tensorboard", str, "tensorboard, wandb, trackio; several with commas, or none"),
     "output_path": (None, path, "where a merge, an export, --plan or --doctor (JSON) writes"),
     "export_dtype": (None, ["bf16", "fp32"], "default: the training precision"),
     "max_new_tokens": (None, (int, 1), "most tokens of an answer; default: 64, in --chat 512"),
@@ -104,9 +105,10 @@ NOT_REPEATED = set(
 # A resume does not take these from the checkpoint: they also name files, or lay the work out.
 NOT_RESUMED = NOT_REPEATED | set(
     "save_dir log_dir max_train_steps micro_batch_size recompute compile dp_replicate async_save "
-    "timeout_seconds engine pas_policy plan_ngpus mem_constraint".split()
+    "timeout_seconds engine pas_policy plan_ngpus mem_constraint report_to".split()
 )
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
+REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 class Parser(argparse.ArgumentParser):
@@ -288,11 +290,19 @@ def check_values(args) -> None:
     if unknown := ", ".join(sorted({*args.lora_targets.split(",")} - {*targets})):
         known = ", ".join(presets.LORA_TARGETS)
         problems.append(f"--lora_targets {unknown}: give all-linear, or some of {known}")
+    if unknown := ", ".join(sorted({*reporters(args)} - {*REPORTERS})):
+        known = ", ".join(REPORTERS)
+        problems.append(f"--report_to {unknown}: give some of {known}, with commas between them, or none")
     if args.lora_rank and args.from_scratch:
         fix = "leave it out, or --from_scratch and --num_hidden_layers"
         problems.append(f"--lora_rank {args.lora_rank} adapts a pretrained model, this one is fresh: {fix}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def reporters(args) -> list[str]:
+    """Where --report_to reports."""
+    return [] if args.report_to == "none" else args.report_to.split(",")
 
 
 def chosen(args, *names: str) -> dict:

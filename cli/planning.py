@@ -82,7 +82,7 @@ def fitting(args, run):
 
 def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: dict):
     """What the planner must know of a run on these devices. A flag that is given pins what it names."""
-    from trainer import measure, planner
+    from trainer import planner
 
     settings.check_replicas(args, ranks)
     if args.mem_constraint and args.mem_constraint > device.memory_gib:
@@ -96,11 +96,8 @@ def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: 
     if on_cpu:  # where these save no time, and one rank has nothing to gather
         pinned |= dict(micro_batch_size=micro, dp_replicate=args.dp_replicate or 1)
         pinned |= dict(reshard_after_forward=False) if ranks == 1 else {}
-    model = dict(key=model_key(args), tokens=args.max_seq_len, precision=args.precision)
-    model |= dict(make=functools.partial(make_llama, settings.model_arguments(args)))
-    model |= dict(batch=functools.partial(empty_batch, args.max_seq_len))
     return planner.Run(
-        model=measure.Model(**model),
+        model=measured(settings.model_arguments(args), args.max_seq_len, args.precision),
         device=device,
         on_cpu=on_cpu,
         limit_gib=args.mem_constraint or (device.memory_gib if on_cpu else planner.usable_gib(device)),
@@ -112,6 +109,14 @@ def planner_run(args, device, ranks: int, node_ranks: int, on_cpu: bool, state: 
         pretrained=not args.from_scratch,
         compiled=settings.compiles(args, not on_cpu),
     )
+
+
+def measured(arguments: dict, tokens: int, precision: str):
+    """The Llama of these arguments on rows of so many tokens, for `measure`."""
+    from trainer import measure
+
+    make, batch = functools.partial(make_llama, arguments), functools.partial(empty_batch, tokens)
+    return measure.Model(key=model_key(arguments), make=make, batch=batch, tokens=tokens, precision=precision)
 
 
 def make_llama(arguments: dict, num_layers: int | None):
@@ -126,13 +131,13 @@ def empty_batch(length: int, rows: int) -> dict:
     return Collator(length, rows)([dict(input_ids=[0] * length, document_starts=[0])] * rows)
 
 
-def model_key(args) -> str:
+def model_key(arguments: dict) -> str:
     """Tells apart what a measurement depends on: the model, our code, and the libraries."""
     from importlib.metadata import version
 
-    config, here = Path(args.model_id, "config.json"), Path(__file__).parents[1]
+    config, here = Path(arguments["model_id"], "config.json"), Path(__file__).parents[1]
     files = sorted([*here.glob("llama3/*.py"), *here.glob("trainer/*.py")])
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     model = config.read_text() if config.is_file() else ""
-    arguments = {name: value for name, value in settings.model_arguments(args).items() if name != "seed"}
-    return json.dumps([model, arguments, code.hexdigest(), version("torch"), version("transformers")])
+    kept = {name: value for name, value in arguments.items() if name != "seed"}
+    return json.dumps([model, kept, code.hexdigest(), version("torch"), version("transformers")])

@@ -1,14 +1,22 @@
 """Where metrics and progress go: metrics.jsonl, TensorBoard events, lines for a person; from rank 0."""
 
+import collections
+import contextlib
 import json
 import logging
 import math
 import os
+import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer.folders import contents, set_aside
 
 logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"  # beside metrics.jsonl: the run that wrote it, its parents, and its name in REPORTERS
+PROJECT = "llama3"  # of wandb and trackio, unless their own environment variables name another
 
 
 def perplexity(loss: float) -> float:
@@ -16,18 +24,11 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def progress_line(step: int, last_step: int, metrics: dict) -> str:
-    """What a person sees of a training step."""
-    shown = " ".join(f"{key}={metrics[key]:.4g}" for key in ("lr", "gnorm", "tokens_per_second"))
-    line = f"Epoch {metrics['epoch']}: {step}/{last_step} train_loss={metrics['train_loss']:.4f} {shown}"
-    if skipped := metrics.get("skipped_samples"):
-        line += f"\nWARNING: step {step} is not finite: its update is skipped; its samples were {skipped}"
-    return line
-
-
-def log_save_cost(step_seconds: float, blocked_seconds: float, total_seconds: float) -> None:
-    """Says what a save cost, and warns if torchrun would kill the ranks before a step and a save are over."""
-    logger.info("the save blocked training for %.2f s and took %.2f s", blocked_seconds, total_seconds)
+def log_save(path: Path, blocked_seconds: float, total_seconds: float, step_seconds: float) -> None:
+    """Says what a save took, and warns if torchrun would kill the ranks before a step and a save are over."""
+    waited = f" in the background, training waited {blocked_seconds:.1f} s"
+    background = waited if blocked_seconds < total_seconds else ""
+    logger.info("saved %s in %.1f s%s", path, total_seconds, background)
     needed = step_seconds + total_seconds
     allowed = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     if needed > allowed and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -36,6 +37,65 @@ def log_save_cost(step_seconds: float, blocked_seconds: float, total_seconds: fl
             "torchrun --shutdown_timeout=%d (a TORCH_ELASTIC_SHUTDOWN_TIMEOUT as high silences this)",
             *(needed, allowed, math.ceil(3 * needed)),
         )
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 45 s, 12 min, 3.4 h, 2.1 days."""
+    for unit, length, digits in (("s", 1, 0), ("min", 60, 0), ("h", 3600, 1)):
+        if seconds < 100 * length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+class Progress:
+    """Shows a person what happens: a bar on a terminal, else a line for each step; a line for a validation.
+
+    The time left is that of the last steps' median, without the first step, which may compile.
+    """
+
+    def __init__(self, last_step: int):
+        self.last_step, self._held = last_step, contextlib.ExitStack()
+        self._seconds, self._bar = collections.deque(maxlen=50), None  # of the last steps
+
+    def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
+        if not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        done, layout = parents[-1][1] if parents else 0, "step {n}/{total} |{bar:12}| {desc}"
+        options = dict(initial=done, total=self.last_step, bar_format=layout, dynamic_ncols=True, miniters=1)
+        self._bar = self._held.enter_context(tqdm(**options))
+        self._held.enter_context(logging_redirect_tqdm())  # prints what is logged above the bar
+
+    def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
+        if tag == "val":
+            logger.info("step %d: val_loss=%.6f perplexity=%.4f", step, *metrics.values())
+        elif tag == "train":
+            self._show(metrics, step)
+
+    def _show(self, metrics: dict, step: int) -> None:
+        self._seconds.append(metrics["step_seconds"])
+        recent, to_do, loss = [*self._seconds][1:], self.last_step - step, f"{metrics['train_loss']:.4f}"
+        left = duration(statistics.median(recent) * to_do) if recent and to_do else ""
+        numbers = f"lr {metrics['lr']:.3g}, gnorm {metrics['gnorm']:.3g}"
+        numbers += f", {metrics['tokens_per_second']:,.0f} tokens/s"
+        numbers += f", MFU {metrics['mfu']:.0%}" if "mfu" in metrics else ""
+        numbers += f", {metrics['peak_memory_gib']:.1f} GiB"
+        if self._bar:
+            self._bar.set_description_str(f"{left and left + ' left, '}loss {loss}, {numbers}", refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            line = f"Epoch {metrics['epoch']}: {step}/{self.last_step} train_loss={loss}, {numbers}"
+            logger.info("%s%s", line, left and f", {left} left")
+        if skipped := metrics.get("skipped_samples"):
+            what = f"step {step} is not finite: its update is skipped; its samples were {skipped}"
+            logger.warning("WARNING: %s", what)
+        if not to_do:
+            self.finalize()  # what comes after the last step stands below the bar
+
+    def finalize(self) -> None:
+        self._held.close()
 
 
 class JsonlLogger:
@@ -54,8 +114,12 @@ class JsonlLogger:
         branched: other ones come in their place, so the file is set aside as it was.
         """
         folder, step = self.path.parent, parents[-1][1] if parents else 0
-        if self.path.exists() and not (parents and self._continues(*parents[-1])):
-            set_aside(folder, contents(folder))
+        reported = run_id
+        if self.path.exists():
+            if parents and self._continues(*parents[-1]):
+                reported = self._writer().get("reported", run_id)
+            else:
+                set_aside(folder, contents(folder))
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
@@ -65,17 +129,27 @@ class JsonlLogger:
             temporary = self.path.with_suffix(".new")
             temporary.write_text("".join(line + "\n" for line in kept))
             if branched:
+                reported = run_id
                 set_aside(folder, [self.path], "metrics that this run does not continue")
             os.replace(temporary, self.path)
-        (folder / "run.json").write_text(json.dumps({"run": run_id, "parents": parents}))
+        about = {"run": run_id, "parents": parents, "reported": reported}
+        about |= {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
+        (folder / RUN_FILE).write_text(json.dumps(about))
         self._file = open(self.path, "a", buffering=1)
+
+    def _writer(self) -> dict:
+        """What the run that wrote the file last says of itself; {} if nobody knows."""
+        try:
+            return {**json.loads((self.path.parent / RUN_FILE).read_text())}
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def _continues(self, run: str | None, step: int) -> bool:
         """Did the run that wrote the file come by that step of that run? True if nobody knows."""
+        writer = self._writer()
         try:
-            writer = json.loads((self.path.parent / "run.json").read_text())
             return run == writer["run"] or any(run == own and step <= to for own, to in writer["parents"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return True
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
@@ -111,9 +185,73 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(self.log_dir, purge_step=parents[-1][1] + 1 if parents else None)
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{tag}/{name}", value, step)
+        for name, value in _numbers(metrics, tag).items():
+            self._writer.add_scalar(name, value, step)
 
     def finalize(self) -> None:
         self._writer.close()
+
+
+class WandbLogger:
+    """A run of Weights & Biases in `log_dir`, which a resumed run continues. `config`: the run's flags."""
+
+    def __init__(self, log_dir: str | Path, config: dict):
+        self.log_dir, self.config = Path(log_dir), config
+
+    def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
+        import wandb
+
+        name, project = _reported(self.log_dir), os.environ.get("WANDB_PROJECT", PROJECT)
+        # A resume may repeat steps: they are an axis of their own, as wandb's steps only grow.
+        options = dict(id=name, resume="allow", settings=wandb.Settings(console="off", quiet=True))
+        options |= dict(name=self.log_dir.name, config=self.config, dir=self.log_dir)
+        self._run = _started("wandb", wandb.init, project=project, **options)
+        self._run.define_metric("*", step_metric="step")
+
+    def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
+        self._run.log({"step": step, **_numbers(metrics, tag)})
+
+    def finalize(self) -> None:
+        self._run.finish()
+
+
+class TrackioLogger:
+    """A run of trackio, which a resumed run continues. `config`: the run's flags."""
+
+    def __init__(self, log_dir: str | Path, config: dict):
+        self.log_dir, self.config = Path(log_dir), config
+
+    def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
+        import trackio
+
+        name = f"{self.log_dir.name}-{_reported(self.log_dir)}"
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        options = dict(name=name, resume="allow", config=self.config)
+        self._trackio, self._run = trackio, _started("trackio", trackio.init, project=project, **options)
+
+    def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
+        self._run.log(_numbers(metrics, tag), step=step)
+
+    def finalize(self) -> None:
+        self._trackio.finish()
+
+
+def _numbers(metrics: dict, tag: str) -> dict[str, float]:
+    return {f"{tag}/{name}": value for name, value in metrics.items() if isinstance(value, (int, float))}
+
+
+def _reported(log_dir: Path) -> str:
+    """The run's name among the reporters: that of the run whose metrics it continues (JsonlLogger)."""
+    return json.loads((log_dir / RUN_FILE).read_text())["reported"]
+
+
+def _started(library: str, init: Callable, **options):
+    """init(**options); what the library raises becomes a ValueError, which ends all ranks."""
+    try:
+        return init(**options)
+    except Exception as error:
+        fix = "see to its login or its offline mode, or leave it out of --report_to"
+        raise ValueError(f"{library} does not start ({str(error).splitlines()[0]}): {fix}") from error
+
+
+REPORTERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger, "trackio": TrackioLogger}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from trainer import devices, folders, parallel, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName, lineage
-from trainer.loggers import log_save_cost, perplexity, progress_line
+from trainer.loggers import log_save, perplexity
 from trainer.sampler import GlobalBatchSampler, load_batches
 from trainer.saver import Saver
 
@@ -185,7 +185,6 @@ class Trainer:
                 positions = np.arange(state.samples - args.global_batch_size, state.samples)
                 metrics["skipped_samples"] = self.sampler.indices(positions).tolist()
             self._log(metrics, "train")
-            logger.info(progress_line(state.step, args.max_train_steps, metrics))
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row >= self.options.max_skipped_steps:
                 self.saver.retreat()
@@ -198,12 +197,7 @@ class Trainer:
         self._finish()
 
     def _finish(self) -> None:
-        (measured,) = self._largest(peak_memory_gib(self.device) - self.memory_before_gib)
-        if predicted := self.options.predicted_peak_gib:
-            what = (
-                "peak memory of a rank" if self.device.type == "cuda" else "resident memory of a rank grew by"
-            )
-            logger.info("%s: %.2f GiB; the plan predicted %.2f for its tensors", what, measured, predicted)
+        (self.grown_gib,) = self._largest(peak_memory_gib(self.device) - self.memory_before_gib)
         self.saver.wait()
         self._after_save()
         if self.rank == 0:
@@ -328,7 +322,6 @@ class Trainer:
             self._leave(int(self._largest(self._stop_code())[0]))
         metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss)}
         self._log(metrics, "val")
-        logger.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *metrics.values())
         if not math.isfinite(val_loss):
             self.saver.retreat(discard=True)
             what = f"the validation loss of step {self.state.step} is {val_loss}, so that step does not count"
@@ -360,8 +353,9 @@ class Trainer:
         self.saver.wait()
         self._after_save()
         self.saver.save(name, self.saved_tensors(), state, setup.rng_state(), began, move_last)
-        done = "saving in the background:" if self.options.async_save else "saved"
-        logger.info("%s %s", done, self.save_dir / str(name))
+        self._saving = self.save_dir / str(name)
+        if not self.options.async_save:
+            self._say_what_the_save_took()
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """The trained weights and the optimizer's state, under the names that checkpoints use."""
@@ -378,9 +372,13 @@ class Trainer:
         if self.rank == 0:
             self.saver.update_best()
             self.saver.prune(self.saver.good)
+        if self.options.async_save:
+            self._say_what_the_save_took()
         blocked, total, self.saver.total_seconds = self.saver.blocked_seconds, self.saver.total_seconds, 0.0
         self._log({"save_blocked_seconds": blocked, "save_total_seconds": total}, "checkpoint")
-        log_save_cost(self.step_seconds, blocked, total)
+
+    def _say_what_the_save_took(self) -> None:
+        log_save(self._saving, self.saver.blocked_seconds, self.saver.total_seconds, self.step_seconds)
 
     def _epoch(self) -> int:
         return self.state.samples // len(self.train_set)

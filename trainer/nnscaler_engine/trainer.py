@@ -20,7 +20,7 @@ from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
 from trainer import checkpoint, folders, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
-from trainer.loggers import perplexity, progress_line
+from trainer.loggers import perplexity
 from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
 from trainer.sampler import GlobalBatchSampler
 from trainer.trainer import TrainState, peak_memory_gib
@@ -232,7 +232,6 @@ class RunHook(cli.train_hook.TrainHook):
         row |= {"tokens": state.tokens, **speed, "peak_memory_gib": self.peak_gib}
         for log in self.loggers:
             log.log_metrics(row, state.step, tag="train")
-        logger.info(progress_line(state.step, self.args.max_train_steps, row))
         if not math.isfinite(row["gnorm"]):
             raise TrainingFailed(f"step {state.step} is not finite: lower --learning_rate, then resume")
 
@@ -241,7 +240,6 @@ class RunHook(cli.train_hook.TrainHook):
         row = {"val_loss": self.val_loss, "perplexity": perplexity(self.val_loss)}
         for log in self.loggers:
             log.log_metrics(row, self.state.step, tag="val")
-        logger.info("step %d: val_loss=%.6f perplexity=%.4f", self.state.step, *row.values())
 
     def on_step_end(self, trainer, epoch, idx, metrics, aggregated) -> None:
         """Saves where nnScaler does not: at an epoch's end, and when a signal asks for it."""
