@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
             lower = "a lower --mem_constraint, --micro_batch_size or --max_seq_len"
-            fix = f"use --recompute=full, {lower}, or more GPUs"
+            fix = f"use --recompute=full, {lower}, --lora_rank, or more GPUs"
             rank, what = os.environ.get("RANK", 0), str(error).split(". ")[0]
             return complain(f"rank {rank} has too little GPU memory ({what}): {fix}", 1)
         traceback.print_exc()

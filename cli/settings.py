@@ -64,7 +64,7 @@ def engine_options(args, engine_name: str, plan):
     if recompute == "auto":  # without a plan; nnScaler's 'dp' cannot recompute
         recompute = "full" if native or (on_cuda and args.pas_policy == "autodist") else "none"
     options = dict(recompute=recompute, compile=compiled, async_save=on[args.async_save])
-    options |= chosen(args, "deterministic", "max_skipped_steps", "timeout_seconds")
+    options |= chosen(args, "deterministic", "max_skipped_steps", "timeout_seconds", "mem_constraint")
     options |= dict(dp_replicate=args.dp_replicate or 1, reshard_after_forward=on_cuda or world_size() > 1)
     if plan:
         names = "recompute", "dp_replicate", "reshard_after_forward", "predicted_peak_gib"

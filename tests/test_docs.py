@@ -93,7 +93,7 @@ def test_every_command_of_a_page_runs_from_top_to_bottom(page, tmp_path):
         (tmp_path / "run.yaml").write_text(re.sub("^    ", "", yaml[0], flags=re.M))
     ran = 0
     for command in commands(page):
-        if "train.py" not in command or command.startswith("sbatch"):
+        if "train.py" not in command or "sbatch" in command or "--engine=nnscaler" in command:
             continue
         options = dict(cwd=tmp_path, env=environment(), input="the state\n", timeout=300)
         done = subprocess.run(stand_in(command, model), capture_output=True, text=True, **options)

@@ -129,7 +129,7 @@ class HookMapConfig:
 
 @dataclass
 class NativeOptions:
-    """Options that nnScaler's interface has no field for. Its engine refuses all but the first three.
+    """Options that nnScaler's interface has no field for. Its engine refuses those that it cannot honour.
 
     recompute: 'none', 'full', and not with nnScaler 'selective' (all but matrix products and attention), or
     the number of layers that recompute their activations.
@@ -140,6 +140,7 @@ class NativeOptions:
     run_id: what the checkpoints and metrics of this run are known by.
     dp_replicate: replicas of the model; its shards lie over the ranks inside a replica.
     reshard_after_forward: free a layer's gathered weights after its forward, or only when a step is over.
+    mem_constraint: GiB of a device that nnScaler's autodist may use; our own plan is made before.
     predicted_peak_gib: of a rank's tensors; compared with the measured peak in the end.
     """
 
@@ -153,6 +154,7 @@ class NativeOptions:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     dp_replicate: int = 1
     reshard_after_forward: bool = True
+    mem_constraint: float | None = None
     predicted_peak_gib: float | None = None
 
 

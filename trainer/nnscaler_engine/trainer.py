@@ -82,7 +82,8 @@ class Trainer:
         for function, dims in getattr(traced_class, "whole_functions", {}).items():
             nnscaler.register_op(dims)(function)
         recomputed = traced_class.layer_class.__name__ if self.options.recompute == "full" else ""
-        plan = dict(use_zero=True, use_end2end=True, pas_config={"recompute_modules": recomputed})
+        limit = {"mem_constraint": gib} if (gib := self.options.mem_constraint) else {}
+        plan = dict(use_zero=True, use_end2end=True, pas_config={"recompute_modules": recomputed, **limit})
         schedule, config, adam = ours.lr_scheduler, ours.optimizer, ours.optimizer.type
         if ours.precision == "bf16" and adam is torch.optim.AdamW:
             adam = MixedPrecisionAdamW  # it keeps fp32 master weights
