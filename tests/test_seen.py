@@ -16,7 +16,7 @@ import termios
 
 import datasets
 import pytest
-from helpers.runs import ROOT, environment, make_text, outputs, rows, wait_for
+from helpers.runs import ROOT, TWO_RANKS, environment, make_text, outputs, rows, wait_for
 
 import train
 from cli import report, settings
