@@ -32,7 +32,7 @@ RESUMED = "--save_dir=resume/ckpt --log_dir=resume/log"
 RUNS = {
     "demo": [
         f"python train.py {DEMO} --prepare_data",
-        f"{TWO_RANKS} {DEMO} --max_train_steps=60 --save_dir=demo/ckpt --log_dir=demo/log",
+        f"{TWO_RANKS} {DEMO} --max_train_steps=40 --save_dir=demo/ckpt --log_dir=demo/log",
     ],
     "resume": [
         f"{TWO_RANKS} {DEMO} --max_train_steps=20 {RESUMED}",
@@ -40,7 +40,7 @@ RUNS = {
     ],
     "scratch": [
         f"python train.py {SCRATCH} --prepare_data",
-        f"{TWO_RANKS} {SCRATCH} {LEARN} --warmup_steps=20 --max_train_steps=200"
+        f"{TWO_RANKS} {SCRATCH} {LEARN} --warmup_steps=10 --max_train_steps=120"
         " --val_every_n_train_steps=20 --compile=on --save_dir=scratch/ckpt --log_dir=scratch/log",
     ],
     "plan": [
@@ -81,7 +81,7 @@ def loss_picture(log_dirs: dict[str, Path], title: str):
 
 def demo(runs: Path):
     return loss_picture(
-        {"": runs / "demo/log"}, "make demo, for 60 steps: SmolLM2-135M reads State of the Union messages"
+        {"": runs / "demo/log"}, "make demo, for 40 steps: SmolLM2-135M reads State of the Union messages"
     )
 
 

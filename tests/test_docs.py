@@ -27,7 +27,8 @@ TINY = dict(max_seq_len=64, micro_batch_size=1, grad_accumulation_steps=2, preci
 def commands(page: Path) -> list[str]:
     """The commands in the literal blocks of a page, without their comments."""
     lines = re.findall(r"^    (?:\$ )?((?:python|torchrun|make|pip|sbatch) .*)$", page.read_text(), re.M)
-    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    whole = (line for line in lines if not line.endswith("\\"))
+    return [shlex.join(shlex.split(line, comments=True)) for line in whole]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -84,7 +84,7 @@ def figure(runs: list[tuple[Path, list[dict]]]):
     for (log_dir, rows), color in zip(runs, RUNS * len(runs), strict=False):
         for name, axis in axes.items():
             label = log_dir.resolve().name if len(runs) > 1 else "training" if name == "train_loss" else None
-            _curve(axis, points(rows, name), color, label, smooth=name != "lr")
+            curve(axis, points(rows, name), color, label, smooth=name != "lr")
         if validated := points(rows, "val_loss"):
             label = "validation" if len(runs) == 1 else None
             style = dict(color=RED, mec="white") if len(runs) == 1 else dict(color=color, mec="black")
@@ -104,7 +104,7 @@ def figure(runs: list[tuple[Path, list[dict]]]):
     return found
 
 
-def _curve(axis, found: list[tuple], color: str, label: str | None, smooth: bool) -> None:
+def curve(axis, found: list[tuple], color: str, label: str | None, smooth: bool = True) -> None:
     """Each step's value, if wanted in a light tone and the smoothed ones over it; few steps as points."""
     if not found:
         return
