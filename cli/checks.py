@@ -77,13 +77,18 @@ def check_reporters(args) -> None:
         raise ValueError(f"--report_to={args.report_to}: {missing} is not installed: {fix}")
 
 
+def say_recompute(args, layers: int) -> None:
+    """Warns of more layers than there are."""
+    if args.recompute.isdecimal() and int(args.recompute) > layers:
+        logger.warning("WARNING: --recompute=%s, the model has %d layers", args.recompute, layers)
+
+
 def say_what_has_no_effect(args, config, state: dict) -> None:
     """Warns of flags that the model or the run's length leaves without their effect."""
     layers, limit = config.num_hidden_layers, config.max_position_embeddings
     if args.max_seq_len > limit:
         logger.warning("WARNING: --max_seq_len=%d, the model was made for %d", args.max_seq_len, limit)
-    if str(args.recompute).isdecimal() and int(args.recompute) > layers:
-        logger.warning("WARNING: --recompute=%s, the model has %d layers", args.recompute, layers)
+    say_recompute(args, layers)
     asked = "from_scratch" in args.given or args.model_id == presets.LLAMA3_8B
     if args.from_scratch and not asked and not state:
         logger.warning("WARNING: fresh weights, not those of --model_id=%s", args.model_id)

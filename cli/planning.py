@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from cli import settings
+from cli import checks, settings
 from cli.flags import ACCUMULATION, FLAGS
 from trainer.args import TrainingFailed, derive_batch_sizes
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def show(args) -> None:
     """Prints the plans for devices that need not be here, and what else would fit; fails if none fits."""
-    from trainer import devices, planner
+    from trainer import devices, measure, planner
 
     if args.resume_from:
         raise ValueError("--plan plans what the flags say, not a checkpoint: leave --resume_from out")
@@ -25,6 +25,7 @@ def show(args) -> None:
         raise ValueError(f"--world_size {ranks}: give at most {planner.MOST_DEVICES} devices")
     kind, device = args.device_type, devices.parse_device(args.device_type, ranks)
     run = planner_run(args, device, ranks, planner.NODE_DEVICES, kind == "cpu", {})
+    checks.say_recompute(args, run.layers)
     plans = planner.search(run)
     if args.output_path:
         Path(args.output_path).write_text(json.dumps(planner.as_json(plans), indent=1))
@@ -33,7 +34,10 @@ def show(args) -> None:
     print(planner.table(run, plans, args.max_train_steps))
     if not plans[0].fits:
         raise TrainingFailed(f"no plan fits: use {planner.what_would_fit(run)}")
-    print(f"the longest sequence that fits: {planner.longest_sequence(run)} tokens")
+    longest, made_for = planner.longest_sequence(run), measure.facts(run.model)["longest_sample"]
+    more = " or more" if longest == planner.LONGEST else ""
+    known = f" (the model was made for {made_for})" if longest > made_for else ""
+    print(f"the longest sequence that fits: {longest}{more} tokens{known}")
     print(f"the fewest devices that fit: {planner.fewest_devices(run)}")
 
 

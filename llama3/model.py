@@ -163,6 +163,11 @@ class Llama(nn.Module):
         tied = self.model.config.tie_word_embeddings
         return [] if tied else [self.model.model.embed_tokens, self.model.lm_head]
 
+    @property
+    def longest_sample(self) -> int:
+        """The number of tokens that the model was made for."""
+        return self.model.config.max_position_embeddings
+
     def compile_loss(self, compile: Callable) -> None:
         """Compile what the loss computes between its matrix products."""
         self.model.lm_head.loss_and_grad = compile(loss_and_gradient)

@@ -47,6 +47,7 @@ class ModelConfig:
     Parameters that require no gradient are frozen: then only they have weight files, and checkpoints hold the
     others alone. They are kept in the computation's precision.
     `flops_per_token(batch)`: floating-point operations of a training step, for MFU.
+    `longest_sample`: the number of tokens that it was made for.
     `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its
     `whole_functions` maps each function that nnScaler must not trace into to its tensors' dims.
     """

@@ -61,7 +61,7 @@ def _facts(model: Model) -> dict:
     products = sum((6 if p.requires_grad else 4) * math.prod(p.shape) for p in repeated if p.ndim == 2)
     once, twice = (module.flops_per_token({"input_ids": torch.empty(1, n * model.tokens)}) for n in (1, 2))
     found["flops"] = dict(layers=products, head=2 * once - twice - products, attention=twice - once)
-    return found | dict(layers=len(layers))
+    return found | dict(layers=len(layers), longest_sample=getattr(module, "longest_sample", None))
 
 
 def point(model: Model, recompute: str, rows: int, ranks: int) -> dict[str, float]:

@@ -320,7 +320,8 @@ def table(run: Run, plans: list[Plan], steps: int, shown: int = 8) -> str:
         layout = f"{shards:>6} {p.recompute!s:>10} {batch:>9} {'yes' if p.reshard_after_forward else 'no':>8}"
         parts = f"{p.state_gib:6.1f} {p.activations_gib:7.1f} {p.work_gib:5.1f} {p.predicted_peak_gib:5.1f}"
         lines.append(f"{layout} {parts} {p.predicted_tokens_per_second:9.0f} {hours:6.1f}  {p.why}")
-    return "\n".join([*lines, "shards x replicas, micro-batch x accumulation; GiB of a rank at its peak"])
+    units = f"GiB of a rank at its peak; hours of {steps} steps"
+    return "\n".join([*lines, f"shards x replicas, micro-batch x accumulation; {units}"])
 
 
 def explain(run: Run, plan: Plan) -> tuple[str, str]:
