@@ -49,7 +49,7 @@ def test_every_flag_target_and_file_that_a_page_names_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_docutils_has_nothing_to_say(page):
-    settings = dict(report_level=1, halt_level=1, input_encoding="utf-8")
+    settings = dict(report_level=2, halt_level=2, input_encoding="utf-8")
     docutils.core.publish_string(page.read_text(), str(page), writer="html", settings_overrides=settings)
 
 
@@ -73,7 +73,7 @@ def stand_in(command: str, model: Path) -> list[str]:
         tiny["max_train_steps"] = 100 // SCALE
     if "--verify_resume" in command:
         tiny |= dict(world_size=2, max_train_steps=8)
-    if not {"--dataset_id", "--config"} & {word.split("=")[0] for word in words}:
+    if not {"--dataset_id", "--config", "--resume_from"} & {word.split("=")[0] for word in words}:
         tiny["dataset_id"] = "texts/"
     return words + [f"--{name}={value}" for name, value in tiny.items()]
 
