@@ -118,7 +118,8 @@ def prepare_trainer(args, engine_name: str, resumed):
     if resumed:
         checks.check_same_model(resumed.path, config, state)
     checks.check_adapter(args, resumed and resumed.path, state)
-    checks.check_reporters(args)
+    if args.mode == "train":
+        checks.check_reporters(args)
     checks.say_what_has_no_effect(args, config, state)
     plan = None
     if (args.mode, engine_name) == ("train", "native"):
@@ -150,7 +151,7 @@ def trainer_args(args, config, resumed, fingerprint: str):
     from trainer import args as interface
 
     state, resume_from = (resumed.state, resumed.path) if resumed else (None, None)
-    began_at = state["step"] if resumed else 0
+    began_at = (state or {}).get("step", 0)
     train_set, val_set = split_arguments(args, config.vocab_size)
     adamw = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_lambda = torch.optim.lr_scheduler.LambdaLR, dict(lr_lambda=schedule(args, state))
@@ -259,7 +260,7 @@ def evaluate(args) -> None:
         tokenizer = assets.load_tokenizer(data.read_preparation(path)["tokenizer_id"])
         data.check_prepared(path, tokenizer)
         print(f"bits_per_byte={data.bits_per_byte(trainer.val_set, tokenizer, val_loss):.6f}")
-    except ValueError as error:
+    except Exception as error:  # the loss below is what was asked for
         logger.warning("WARNING: no bits per byte: %s", error)
     print(f"val_loss={val_loss:.6f} perplexity={perplexity(val_loss):.6f}")
 

@@ -16,6 +16,7 @@ from llama3 import presets
 from trainer.args import TrainingFailed
 
 SAMPLES = 64  # whose labels are compared
+GROUP_SECONDS = 300  # how long ranks wait for one that does not answer
 
 
 def show(args) -> None:
@@ -25,13 +26,15 @@ def show(args) -> None:
     """
     from tools import doctor
 
+    if args.resume_from:
+        raise ValueError("--doctor checks what the flags say, not a checkpoint: leave --resume_from out")
     several, first = settings.world_size() > 1, settings.is_first_rank()
     checks_here = [machine_checks(args)] if os.environ.get("LOCAL_RANK", "0") == "0" else []
     with contextlib.ExitStack() as group:
         if several:
             from trainer import ranks
 
-            group.enter_context(ranks.process_group(args.timeout_seconds))
+            group.enter_context(ranks.process_group(GROUP_SECONDS // 20))  # which waits 20 times that
         found = []
         for name, check in (pair for pairs in checks_here for pair in pairs):
             found.append(doctor.examine(name, check))

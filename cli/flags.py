@@ -105,7 +105,7 @@ NOT_REPEATED = set(
 # A resume does not take these from the checkpoint: they also name files, or lay the work out.
 NOT_RESUMED = NOT_REPEATED | set(
     "save_dir log_dir max_train_steps micro_batch_size recompute compile dp_replicate async_save "
-    "timeout_seconds engine pas_policy plan_ngpus mem_constraint report_to".split()
+    "timeout_seconds engine pas_policy plan_ngpus mem_constraint".split()
 )
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
 REPORTERS = ("tensorboard", "wandb", "trackio")

@@ -1,7 +1,6 @@
 """What a person reads before and after a run: what will run, what came of it, the next command to type."""
 
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -10,19 +9,21 @@ import time
 from pathlib import Path
 
 from cli import planning
-from cli.flags import MODES, NOT_RESUMED, PRESETS, reporters
+from cli.flags import MODES, NOT_RESUMED, PRESETS
 from cli.settings import is_first_rank, world_size
 
 logger = logging.getLogger(__name__)
 
 # Flags that a resume takes from no checkpoint, but does not need again.
-ONCE = {"resume_from", "allow_changed_data", "output_path"}
+ONCE = {"resume_from", "allow_changed_data", "output_path", "config"}
 
 
 def banner(args, trainer) -> None:
     """Says what the trainer, of either engine, will run; from rank 0."""
     if not is_first_rank():
         return
+    from trainer.loggers import REPORTERS
+
     run, options, data = trainer.args, trainer.options, trainer.args.dataset
     total, length, where = run.global_batch_size, data.train_args["max_seq_len"], data.train_args
     train_set, val_set = (len(data.type(**of)) if of else 0 for of in (data.train_args, data.val_args))
@@ -32,6 +33,8 @@ def banner(args, trainer) -> None:
     if not options.predicted_peak_gib:  # else the plan has said this
         batch = f"micro-batch {run.micro_batch_size} x {run.grad_accumulation_steps} accumulated"
         shards = f"{world_size() // options.dp_replicate} shards x {options.dp_replicate} replicas"
+        if (devices_each := run.compute_config.plan_ngpus) > 1:
+            shards = f"{run.scaling_factor} copies x {devices_each} devices, {run.pas_policy}"
         lines["layout"] = f"recompute {options.recompute}, {shards}, {batch}"
     tokens = f"{train_set:,} samples of {length:,} tokens ({train_set * length:,} tokens)"
     lines["data"] = f"{where['dataset_path']}: {tokens}, {val_set:,} samples for validation"
@@ -39,7 +42,8 @@ def banner(args, trainer) -> None:
     epochs = f"{train_set / total:,.1f} steps an epoch, {run.max_train_steps * total / train_set:.2f} epochs"
     lines["steps"] = f"{run.max_train_steps:,}: {epochs}"
     lines["writes"] = f"checkpoints to {run.checkpoint.save_dir}, metrics to {args.log_dir}/metrics.jsonl"
-    if others := [name for name in reporters(args) if name != "tensorboard"]:
+    used = [config.type for config in run.log]
+    if others := [name for name, kind in REPORTERS.items() if kind in used and name != "tensorboard"]:
         lines["reports to"] = ", ".join(others)
     show(lines)
 
@@ -85,13 +89,15 @@ def summarize(args, first_step: int, began: float, trainer) -> None:
     steps = [row for row in rows if "step_seconds" in row and row["step"] > first_step]
     seconds = sum(row["step_seconds"] for row in steps)
     tokens = sum(row["step_seconds"] * row["tokens_per_second"] for row in steps)
-    spent = f"{len(steps):,} steps in {duration(time.monotonic() - began)}"
-    lines["trained"] = f"{spent}: {tokens:,.0f} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    if steps:
+        spent = f"{len(steps):,} steps in {duration(time.monotonic() - began)}"
+        lines["trained"] = f"{spent}: {tokens:,.0f} tokens, {tokens / seconds:,.0f} tokens/s"
+        lines["memory"] = memory(trainer, steps)
     if losses:
-        lines["training"] = ", ".join(f"loss {y:.4f} at step {x}" for x, y in (losses[0], losses[-1]))
+        ends = dict((losses[0], losses[-1]))
+        lines["training"] = ", ".join(f"loss {loss:.4f} at step {step}" for step, loss in ends.items())
     validation = curves.validation_summary(curves.points(rows, "val_loss"))
     lines["validation"] = validation.removeprefix("validation ")
-    lines["memory"] = memory(trainer, steps)
     lines["checkpoint"], lines["curves"] = f"{args.save_dir}/last", f"{log_dir / 'curves.png'}"
     export = {"export_adapter" if args.lora_rank else "export_hf": True}
     lines["next"] = command(export | _given(args, {"save_dir"}))
@@ -103,7 +109,7 @@ def memory(trainer, steps: list[dict]) -> str:
     """The peak; beside what the plan predicted, where there was a plan."""
     predicted = getattr(getattr(trainer, "options", None), "predicted_peak_gib", None)
     if not predicted:
-        return f"peak of a rank {max((row['peak_memory_gib'] for row in steps), default=math.nan):.2f} GiB"
+        return f"peak of a rank {max(row['peak_memory_gib'] for row in steps):.2f} GiB"
     what = "peak of a rank" if trainer.device.type == "cuda" else "resident memory of a rank grew by"
     return f"{what} {trainer.grown_gib:.2f} GiB; the plan predicted {predicted:.2f} for its tensors"
 
@@ -122,13 +128,14 @@ def say_next(text: str) -> None:
 
 def continuing(args, **more) -> str:
     """The command that goes on from the last checkpoint, on as many ranks as here."""
-    kept = _given(args, (NOT_RESUMED | PRESETS.keys()) - ONCE)
+    # The engine is chosen before the checkpoint is read, and nnScaler trains no adapters.
+    kept = _given(args, (NOT_RESUMED | PRESETS.keys() | {"lora_rank"}) - ONCE)
     return command(kept | more | dict(resume_from="last"), world_size())
 
 
 def repeated(args, ranks: int = 1, **more) -> str:
     """The command with another mode, or with none, and the same flags."""
-    return command(more | _given(args, args.given.keys() - MODES.keys() - {"output_path"}), ranks)
+    return command(more | _given(args, args.typed - MODES.keys() - {"output_path"}), ranks)
 
 
 def command(flags: dict, ranks: int = 1) -> str:

@@ -25,7 +25,7 @@ from llama3.assets import document_separator, naming
 from llama3.encode import Encoder
 from llama3.loss import IGNORED
 
-FORMAT = 3  # of the prepared folder; raised whenever it changes or the same input would give other samples
+FORMAT = 4  # of the prepared folder; raised whenever it changes or the same input would give other samples
 PREPARE = "python train.py --prepare_data"
 FILE_BYTES = 500 << 20  # of a saved split's files, about
 INDICES = pa.list_(pa.int32())

@@ -73,11 +73,13 @@ def read(*paths: Path) -> list[pa.RecordBatch]:
 
 def _cut(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """The documents of each shard; the last one takes what fills no other, as rows may be joined in it."""
-    full, part, size = [], [], 0
+    full, part, size, count = [], [], 0, 0
     for document in documents:
         part.append(document)
         size += len(document.text or str(document.messages)) + len(document.where)
-        if size >= SHARD_BYTES:
+        # They grow with their number: each takes a map of the process, of which there are 65,530.
+        if size >= SHARD_BYTES * (1 + count // 1000):
+            count += 1
             if full:
                 yield full
             full, part, size = part, [], 0

@@ -1,12 +1,13 @@
 """--config gives flags by a YAML file, and the one that a run leaves repeats it to the last bit."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 from helpers.runs import assert_same, outputs, rows
 
 import train
-from cli import flagfile, flags
+from cli import flagfile, flags, report
 from cli.flags import parse_args
 
 RUN = ["--max_train_steps=3", "--val_every_n_train_steps=2"]
@@ -176,3 +177,15 @@ def test_after_a_run_its_file_opens_its_checkpoint_and_not_its_model(run, caplog
     for more, source in (([], run / "ckpt" / "last"), ([f"--model_id={model}"], model)):
         assert train.main([*argv, *more]) == 0
         assert f"model: {source}\n" in caplog.text
+
+
+def test_the_next_commands_keep_what_was_typed_over_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 2e-4\nfrom_scratch: false\nsave_dir: there\n")
+    args = parse_args([f"--config={file}", "--learning_rate=1e-4"])
+    merge = parse_args(shlex.split(report.repeated(args, merge_checkpoint="there/last"))[2:])
+    assert (merge.mode, merge.learning_rate, merge.save_dir) == ("merge_checkpoint", 1e-4, "there")
+    # A resume takes the rate from the checkpoint: the file's must not win over it.
+    assert parse_args(shlex.split(report.continuing(args))[2:]).given == dict(
+        save_dir="there", resume_from="last"
+    )

@@ -157,7 +157,8 @@ def measure_collectives() -> str:
     device, ranks, times = parallel.pick_device(), dist.get_world_size(), 5
     on_cuda = device.type == "cuda"
     size = 2**24 if on_cuda else 2**21
-    tensors = [torch.full((size,), dist.get_rank() + 1.0, device=kind) for kind in {"cpu", device.type}]
+    kinds = dict.fromkeys(("cpu", device.type))  # in one order on all ranks
+    tensors = [torch.full((size,), dist.get_rank() + 1.0, device=kind) for kind in kinds]
     for tensor in tensors:  # this also makes all connections
         dist.all_reduce(tensor)
     right = all((tensor == ranks * (ranks + 1) / 2).all() for tensor in tensors)

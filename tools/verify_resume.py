@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 COMPARED = ("epoch", "train_loss", "lr", "gnorm", "tokens", "val_loss", "perplexity")
 # Flags of train.py that this tool sets itself.
 OWN = {"verify_resume", "save_dir", "log_dir", "max_train_steps", "save_every_n_train_steps"}
-OWN |= {"deterministic", "world_size"}
+OWN |= {"deterministic", "report_to", "world_size"}
 
 
 def verify(script: Path, given: dict, folder: Path, ranks: int, steps: int) -> str | None:
@@ -34,6 +34,7 @@ def verify(script: Path, given: dict, folder: Path, ranks: int, steps: int) -> s
     kept = {name: value for name, value in given.items() if name not in OWN and value is not False}
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in kept.items()]
     flags += [f"--max_train_steps={steps}", f"--save_every_n_train_steps={every}", "--deterministic"]
+    flags += ["--report_to=none"]
 
     def start(run: str, *more: str) -> subprocess.Popen:
         folders = [f"--save_dir={folder / run / 'checkpoints'}", f"--log_dir={folder / run / 'log'}"]

@@ -121,7 +121,8 @@ def survey(save_dir: Path, resumed: Checkpoint | None) -> tuple[Path | None, lis
     found += [path for path in checkpoint.checkpoints(save_dir) if not _descends(state, path)]
     known = home.exists() and home not in [path.resolve() for path in found]
     validations = [checkpoint.validation_path(path) for path in found]
-    return home if known else None, found + [path for path in validations if path.exists()]
+    beside = [*validations, *([save_dir / "config.yaml"] if found else [])]
+    return home if known else None, found + [path for path in beside if path.exists()]
 
 
 def make_room(save_dir: Path, home: Path | None, replaced: list[Path]) -> None:

@@ -130,7 +130,8 @@ class JsonlLogger:
             temporary.write_text("".join(line + "\n" for line in kept))
             if branched:
                 reported = run_id
-                set_aside(folder, [self.path], "metrics that this run does not continue")
+                old = [path for path in (self.path, folder / "config.yaml") if path.exists()]
+                set_aside(folder, old, "metrics that this run does not continue")
             os.replace(temporary, self.path)
         about = {"run": run_id, "parents": parents, "reported": reported}
         about |= {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
@@ -192,11 +193,25 @@ class TensorBoardLogger:
         self._writer.close()
 
 
-class WandbLogger:
-    """A run of Weights & Biases in `log_dir`, which a resumed run continues. `config`: the run's flags."""
+class _Remote:
+    """A run of another program, which a resumed run continues. `config`: the run's flags."""
 
     def __init__(self, log_dir: str | Path, config: dict):
-        self.log_dir, self.config = Path(log_dir), config
+        self.log_dir, self.config, self._broken = Path(log_dir), config, False
+
+    def _report(self, action: Callable, *args, **options) -> None:
+        """Calls the library. Its error ends the reports, and not the run."""
+        if self._broken:
+            return
+        try:
+            action(*args, **options)
+        except Exception as error:
+            self._broken = True
+            logger.warning("WARNING: %s reports no more: %s", type(self).__name__, error)
+
+
+class WandbLogger(_Remote):
+    """A run of Weights & Biases in `log_dir`."""
 
     def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
         import wandb
@@ -209,17 +224,14 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
-        self._run.log({"step": step, **_numbers(metrics, tag)})
+        self._report(self._run.log, {"step": step, **_numbers(metrics, tag)})
 
     def finalize(self) -> None:
-        self._run.finish()
+        self._report(self._run.finish)
 
 
-class TrackioLogger:
-    """A run of trackio, which a resumed run continues. `config`: the run's flags."""
-
-    def __init__(self, log_dir: str | Path, config: dict):
-        self.log_dir, self.config = Path(log_dir), config
+class TrackioLogger(_Remote):
+    """A run of trackio."""
 
     def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
         import trackio
@@ -230,10 +242,10 @@ class TrackioLogger:
         self._trackio, self._run = trackio, _started("trackio", trackio.init, project=project, **options)
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
-        self._run.log(_numbers(metrics, tag), step=step)
+        self._report(self._run.log, _numbers(metrics, tag), step=step)
 
     def finalize(self) -> None:
-        self._trackio.finish()
+        self._report(self._trackio.finish)
 
 
 def _numbers(metrics: dict, tag: str) -> dict[str, float]:
@@ -250,8 +262,9 @@ def _started(library: str, init: Callable, **options):
     try:
         return init(**options)
     except Exception as error:
+        what = str(error).split("\n")[0] or type(error).__name__
         fix = "see to its login or its offline mode, or leave it out of --report_to"
-        raise ValueError(f"{library} does not start ({str(error).splitlines()[0]}): {fix}") from error
+        raise ValueError(f"{library} does not start ({what}): {fix}") from error
 
 
 REPORTERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger, "trackio": TrackioLogger}

@@ -47,6 +47,8 @@ class Saver:
         """
         self.wait()
         folder = self.save_dir / str(name)
+        if self.is_first:  # of a checkpoint that someone removed by hand
+            checkpoint.validation_path(folder).unlink(missing_ok=True)
         parts = {
             key: (tuple(tensor.shape), parallel.local_box(tensor), parallel.local(tensor))
             for key, tensor in tensors.items()

@@ -198,14 +198,18 @@ class RunHook(cli.train_hook.TrainHook):
             shutil.rmtree(trainer.train_args.gen_savedir, ignore_errors=True)
 
     def on_train_start(self, trainer) -> None:
-        self.loggers = [config.type(**config.args) for config in self.args.log if trainer.rank == 0]
-        for log in self.loggers:
-            log.setup(self.options.run_id, self.parents, branched=False)
-        if trainer.rank == 0 and self.args.hook.on_train_start:
-            self.args.hook.on_train_start(trainer)
+        ranks.by_first_rank(self._open_logs, trainer)
         trainer.train_status.best_loss = self.best or math.inf
         if self.options.validate_first and self.state.step == 0:
             trainer._validate(cli.trainer._StepStat())
+
+    def _open_logs(self, trainer) -> None:
+        for config in self.args.log:
+            log = config.type(**config.args)
+            log.setup(self.options.run_id, self.parents, branched=False)
+            self.loggers.append(log)
+        if hook := self.args.hook.on_train_start:
+            hook(trainer)
 
     def on_train_step_start(self, trainer, batches) -> None:
         self.began, self.val_loss = time.perf_counter(), math.nan
