@@ -20,7 +20,7 @@ from llama3.assets import naming
 from llama3.encode import Encoder
 from llama3.sources import Document
 
-SHARD_BYTES = 4 << 20  # of text, which is tokenized at once; a kill loses one shard per process
+SHARD_BYTES = 2 << 20  # of text, which is tokenized at once; a kill loses one shard per process
 # A row is a document, with values for each token, or the problem of one. The key decides the split.
 FLAGS = pa.list_(pa.bool_())
 LISTS = {"input_ids": pa.list_(pa.int32()), "loss_mask": FLAGS, "document_starts": FLAGS}
