@@ -121,7 +121,10 @@ def plan(runs: Path):
         for kind in ("none", "selective", "some", "full"):
             of = [r for r in rows if kind == ("some" if isinstance(r["recompute"], int) else r["recompute"])]
             if of:
-                best = max(of, key=lambda r: (r["fits"], r["predicted_tokens_per_second"]))
+                best = max(
+                    of,
+                    key=lambda r: r["predicted_tokens_per_second"] if r["fits"] else -r["predicted_peak_gib"],
+                )
                 bars.append((f"{name}, recompute {best['recompute']}", best, limit))
     for place, (_, row, limit) in enumerate(bars):
         left = 0.0
@@ -139,7 +142,7 @@ def plan(runs: Path):
             label=None if place else "what tensors may take",
         )
         speed = f"{row['predicted_tokens_per_second']:,.0f} tokens/s" if row["fits"] else "does not fit"
-        axis.text(left + 1, place, speed, va="center", fontsize=9)
+        axis.text(max(left, limit) + 1, place, speed, va="center", fontsize=9)
     axis.set_yticks(range(len(bars)), [label for label, *_ in bars])
     axis.set(xlabel="GiB")
     axis.invert_yaxis()

@@ -21,7 +21,7 @@ FOREIGN = (
 )
 FOREIGN += " litgpt logdir demo mini help"
 SCALE = 50  # a documented run has this many times more steps than its stand-in
-TINY = dict(max_seq_len=64, micro_batch_size=1, grad_accumulation_steps=2, precision="fp32")
+TINY = dict(max_seq_len=64, micro_batch_size=1, global_batch_size=4, precision="fp32")
 
 
 def commands(page: Path) -> list[str]:
