@@ -71,6 +71,8 @@ def stand_in(command: str, model: Path) -> list[str]:
     tiny = {"model_id": model, "max_train_steps": int(steps[1]) // SCALE if steps else 1000 // SCALE, **TINY}
     if "--config" in command and not steps:
         tiny["max_train_steps"] = 100 // SCALE
+    if "--plan" in command:
+        tiny["global_batch_size"] = 64
     if "--verify_resume" in command:
         tiny |= dict(world_size=2, max_train_steps=8)
     if not {"--dataset_id", "--config", "--resume_from"} & {word.split("=")[0] for word in words}:

@@ -78,7 +78,7 @@ def test_the_house_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in [*PRODUCT, *TESTS]}
     sbatch = len((ROOT / "tools" / "train.sbatch").read_text().splitlines())
     assert sum(lines[path] for path in PRODUCT) + sbatch <= 7389
-    assert sum(lines[path] for path in TESTS) <= 6580
+    assert sum(lines[path] for path in TESTS) <= 6595
     assert lines[ROOT / "train.py"] <= 401
     assert sum(lines[path] for path in PRODUCT if "nnscaler_engine" in path.parts) <= 365
     for path in PRODUCT:
