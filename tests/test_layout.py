@@ -80,7 +80,7 @@ def test_the_house_stays_small():
     assert sum(lines[path] for path in PRODUCT) + sbatch <= 7424
     assert sum(lines[path] for path in TESTS) <= 6595
     assert lines[ROOT / "train.py"] <= 402
-    assert sum(lines[path] for path in PRODUCT if "nnscaler_engine" in path.parts) <= 368
+    assert sum(lines[path] for path in PRODUCT if "nnscaler_engine" in path.parts) <= 369
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
