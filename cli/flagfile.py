@@ -40,6 +40,7 @@ def write(path: Path, values: dict) -> None:
     """Writes the values in one step: the file is the old one or the new one, never a part."""
     import yaml
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     os.replace(temporary, path)
