@@ -279,11 +279,12 @@ def merge(args) -> None:
 def export(args) -> None:
     source = Path(args.export_hf or f"{args.save_dir}/last")
     folder = Path(args.output_path or f"{args.save_dir}/hf")
-    exporting.export_checkpoint(args, source, folder, args.export_dtype)
+    _, is_chat = exporting.export_checkpoint(args, source, folder, args.export_dtype)
     print(
         f"exported {source.resolve()} to {folder}: AutoModelForCausalLM.from_pretrained('{folder}') loads it"
     )
-    report.say_next(report.command(dict(generate="Once upon a time", model_id=folder)))
+    use = dict(chat=True) if is_chat else dict(generate="Once upon a time")
+    report.say_next(report.command(use | dict(model_id=folder)))
 
 
 def export_adapter(args) -> None:

@@ -239,10 +239,15 @@ def resolve_resumed(args, state: dict) -> argparse.Namespace:
     resolved = resolve(args.given, saved, args.typed)
     for name, value in saved.items():
         if name in args.given and args.given[name] != value:
-            logger.info("--%s=%s, the checkpoint's run had %s", name, args.given[name], value)
+            logger.info("--%s=%s, the checkpoint's run had %s", name, args.given[name], _shown(value))
         elif name not in args.given and getattr(args, name) != value:
-            logger.info("--%s=%s, as the checkpoint's run (without it: %s)", name, value, getattr(args, name))
+            mine = _shown(getattr(args, name))
+            logger.info("--%s=%s, as the checkpoint's run (without it: %s)", name, _shown(value), mine)
     return resolved
+
+
+def _shown(value) -> str:
+    return "not given" if value is None else value
 
 
 def saved_flags(state: dict) -> dict:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from cli import planning
-from cli.flags import MODES, NOT_RESUMED, PRESETS
+from cli.flags import FLAGS, MODES, NOT_RESUMED, PRESETS
 from cli.settings import is_first_rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,13 @@ def continuing(args, **more) -> str:
     """The command that goes on from the last checkpoint, on as many ranks as here."""
     # The engine is chosen before the checkpoint is read, and nnScaler trains no adapters.
     kept = _given(args, (NOT_RESUMED | PRESETS.keys() | {"lora_rank"}) - ONCE)
-    return command(kept | more | dict(resume_from="last"), world_size())
+    # A file of flags also holds those that nobody chose.
+    chosen = {name: value for name, value in kept.items() if name in args.typed or value != default(name)}
+    return command(chosen | more | dict(resume_from="last"), world_size())
+
+
+def default(name: str):
+    return FLAGS[name][0] if name in FLAGS else None
 
 
 def repeated(args, ranks: int = 1, **more) -> str:

@@ -242,6 +242,9 @@ def _save(paths: list[Path], folder: Path, known: dict, skip_bad_samples: bool) 
         path = folder / f"{split}.arrow"
         shards.write(path, SAMPLE, _pack(paths, T, bound, split))
         splits[split] = samples = Dataset.from_file(str(path))
+        if split == "train" and not len(samples):
+            fix = "give answers, or raise --max_seq_len above the length of the questions"
+            raise DataError(f"{known['dataset_id']}: no sample of {T} tokens has anything to learn: {fix}")
         known["documents"][split] = int(chosen.sum())
         known["samples"][split] = len(samples)
         known["tokens"][split] = len(samples) * T
@@ -272,7 +275,10 @@ def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: flo
 
 
 def _pack(paths: list[Path], T: int, bound: int, split: str) -> Iterator[pa.RecordBatch]:
-    """A split's documents end to end, cut every T tokens; what does not fill a sample is dropped."""
+    """A split's documents end to end, cut every T tokens.
+
+    Drops what does not fill a sample, and samples with nothing to learn, such as parts of long questions.
+    """
     left = {name: np.empty(0, kind.value_type.to_pandas_dtype()) for name, kind in shards.LISTS.items()}
     for batch in (batch for path in paths for batch in shards.read(path)):
         chosen = (batch["key"].to_numpy() < bound) == (split == "validation")
@@ -283,8 +289,10 @@ def _pack(paths: list[Path], T: int, bound: int, split: str) -> Iterator[pa.Reco
         whole = len(left["input_ids"]) // T * T
         rows = {name: values[:whole].reshape(-1, T) for name, values in left.items()}
         rows["document_starts"][:, :1] = True  # even where the sample continues a document
+        learns = (rows["loss_mask"] & ~rows["document_starts"]).any(1)
+        rows = {name: values[learns] for name, values in rows.items()}
         counts, (_, starts) = rows["document_starts"].sum(1), np.nonzero(rows["document_starts"])
-        cuts = pa.array(np.arange(0, whole + 1, T), pa.int32())
+        cuts = pa.array(np.arange(0, rows["input_ids"].size + 1, T), pa.int32())
         start_cuts = pa.array(np.cumsum([0, *counts]), pa.int32())
         ids, mask = rows["input_ids"].ravel(), rows["loss_mask"].ravel().astype(np.uint8)
         lists = [(cuts, ids), (start_cuts, starts.astype(np.int32)), (cuts, mask)]
@@ -338,8 +346,8 @@ def summary(path: Path, tokenizer) -> str:
     lines.append(f"  documents by length in tokens: {sizes}")
     kept, dropped = (sum(known[name].values()) for name in ("tokens", "dropped_tokens"))
     if dropped > kept / 9:
-        fix = "are dropped: give more text or a smaller --max_seq_len"
-        lines.append(f"warning: {dropped:,} of {kept + dropped:,} tokens fill no sample and {fix}")
+        what = f"{dropped:,} of {kept + dropped:,} tokens fill no sample, or one with nothing to learn"
+        lines.append(f"warning: {what}, and are dropped: give more text or another --max_seq_len")
     for row in datasets.load_from_disk(str(path / "train")).take(100):
         learned = np.array(row["loss_mask"], bool)
         learned[row["document_starts"]] = False  # these are no targets

@@ -341,7 +341,7 @@ def test_data_of_an_earlier_format_are_refused_with_the_fix(tmp_path, tokenizer)
     said.pop("files")
     (folder / "preparation.json").write_text(json.dumps(said))
     for use in (verify, fingerprint, lambda path: open_split(path, "train", T, 320)):
-        with pytest.raises(DataError, match="format 2 .* format 3 is needed: remove .* prepare it again"):
+        with pytest.raises(DataError, match="format 3 .* format 4 is needed: remove .* prepare it again"):
             use(folder)
 
 

@@ -3,10 +3,10 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corpora import prepare_records, real_tokenizer, samples
+from helpers.corpora import facts, prepare_records, real_tokenizer, samples
 from helpers.runs import CHATML, small_tokenizer
 
-from llama3.data import prepare
+from llama3.data import DataError, prepare
 from llama3.encode import EncodeError, Encoder
 from llama3.sources import Document
 
@@ -145,3 +145,21 @@ def test_text_among_conversations_is_learned_whole_and_the_summary_shows_what_is
     assert "aaa" in text and "ccc" in text and "aaa" not in learned and "ccc" not in learned
     assert "b" * 40 + "<|im_end|>" in learned and "<|im_start|>" not in learned
     assert "plain text plain text" in learned
+
+
+def test_a_sample_with_nothing_to_learn_is_dropped_and_counted(tmp_path):
+    tokenizer, T, ids, mask = real_tokenizer("small"), 32, [], []
+    records = [dict(messages=chat(f"{number} " * 100, f"It is {number}.")) for number in range(20)]
+    for record in records:
+        one, _, learned = encoded(tokenizer, record["messages"])
+        ids, mask = ids + one, mask + learned
+    folder = prepare_records(tmp_path, tokenizer, records, T=T, validation_fraction=0)
+    known, rows = facts(folder), samples(folder)[0]
+    parts = [slice(at, at + T) for at in range(0, len(ids) - T + 1, T)]
+    wanted = [ids[part] for part in parts if any(mask[part][1:])]  # the first of a sample is no target
+    assert [row["input_ids"] for row in rows] == wanted and len(wanted) < len(parts)
+    assert known["tokens"]["train"] == len(wanted) * T
+    assert known["dropped_tokens"]["train"] == len(ids) - len(wanted) * T
+    with pytest.raises(DataError, match="no sample of 8 tokens has anything to learn: give answers"):
+        records = [dict(messages=chat("why " * 301, "so"))]
+        prepare_records(tmp_path, tokenizer, records, "none", T=8, validation_fraction=0)
