@@ -198,6 +198,11 @@ def main(runs: Path) -> None:
             run(command, runs)
         with matplotlib.rc_context(curves.STYLE):
             globals()[name](runs).savefig(IMAGES / f"{name}.png", dpi=100)
+    describe()
+
+
+def describe() -> None:
+    """Writes images/README.rst: the commands of each picture."""
     text = ["How the pictures were made", "=" * 26, ""]
     text += ["``make images`` runs these commands and draws the pictures from what they wrote.", ""]
     for name, lines in RUNS.items():
