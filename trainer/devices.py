@@ -67,12 +67,15 @@ def of(device: torch.device) -> Device | None:
 
 
 def at_hand(device: torch.device, node_ranks: int) -> Device:
-    """This rank's device with its own memory; a CPU's is shared by the node's ranks.
+    """This rank's device with its own memory; a CPU is shared by the node's ranks.
 
     What the table lacks counts as an A100: a plan compares rates, and its memory is right.
     """
     if device.type == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return DEVICES["cpu"]._replace(memory_gib=pages / 2**30 / node_ranks)
+        shares = dict(
+            memory_gib=pages / 2**30, tflops=DEVICES["cpu"].tflops, memory_gbps=DEVICES["cpu"].memory_gbps
+        )
+        return DEVICES["cpu"]._replace(**{name: value / node_ranks for name, value in shares.items()})
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     return (of(device) or DEVICES["a100-80g"])._replace(memory_gib=memory_gib)
