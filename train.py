@@ -199,8 +199,10 @@ def effective_flags(args) -> dict:
 
 def save_flags(args, values: dict) -> None:
     """Writes config.yaml beside the metrics and the checkpoints: --config=<that file> repeats the run."""
+    from trainer.folders import FLAGS_FILE
+
     for folder in (args.log_dir, args.save_dir):
-        flagfile.write(Path(folder, "config.yaml"), flags.repeatable(values, args.demo))
+        flagfile.write(Path(folder, FLAGS_FILE), flags.repeatable(values, args.demo))
 
 
 def split_arguments(args, vocab_size: int) -> tuple[dict, dict]:

@@ -52,7 +52,7 @@ RANKS, HOW = (1, 2), (["--micro_batch_size=2"], ["--micro_batch_size=8"], ["--re
 
 
 def planned(kind: str, ranks: int, flags: list[str]) -> planner.Run:
-    return planner_run(parse_args(flags), devices.parse_device(kind), ranks, 8, kind == "cpu", {})
+    return planner_run(parse_args(flags), devices.parse_device(kind, ranks), ranks, 8, kind == "cpu", {})
 
 
 def hardware(folder: Path) -> None:

@@ -122,7 +122,7 @@ def check_model(args, known: dict) -> tuple[str, str, str]:
 
     known["config"] = assets.load_config(args.model_id, args.num_hidden_layers)
     ranks = settings.world_size() if settings.world_size() > 1 else max(1, torch.cuda.device_count())
-    known["run"] = run = planning.at_hand(args, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), {})
+    known["run"] = run = planning.at_hand(args, ranks, {})
     plan = planning.fitting(args, run)
     state = planner.state(run, ranks // (args.dp_replicate or 1)) / planner.GIB
     alone = f"its state takes {state:.2f} of {run.device.memory_gib:.1f} GiB"

@@ -46,19 +46,18 @@ def planned(args, state: dict):
 
     Raises ValueError if the model cannot fit.
     """
-    ranks = settings.world_size()
-    run = at_hand(args, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), state)
+    run = at_hand(args, settings.world_size(), state)
     if not (best := fitting(args, run)):
         return args, None
     sizes = dict(micro_batch_size=best.micro_batch_size, global_batch_size=run.global_batch_size)
     return argparse.Namespace(**vars(args) | sizes), best
 
 
-def at_hand(args, ranks: int, node_ranks: int, state: dict):
+def at_hand(args, ranks: int, state: dict):
     """What the planner must know of a run on so many devices of the kind that is here."""
     from trainer import devices, parallel
 
-    device = parallel.pick_device()
+    device, node_ranks = parallel.pick_device(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     kind, on_cpu = devices.at_hand(device, node_ranks), device.type == "cpu"
     return planner_run(args, kind, ranks, node_ranks, on_cpu, state)
 

@@ -62,9 +62,7 @@ def model(arguments: dict, length: int, precision: str) -> str:
     """The model's name and parameters; with an adapter, those that are trained."""
     from trainer import measure
 
-    facts = measure.facts(planning.measured(arguments, length, precision))
-    sizes = [(size, trained) for _, size, trained in facts["layer"] * facts["layers"] + facts["others"]]
-    total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    total, trained = measure.parameters(planning.measured(arguments, length, precision))
     fresh = " from fresh weights" if arguments["from_scratch"] else ""
     text = f"{arguments['model_id']}{fresh}, {total:,} parameters"
     if lora := arguments["lora"]:
@@ -131,12 +129,9 @@ def continuing(args, **more) -> str:
     # The engine is chosen before the checkpoint is read, and nnScaler trains no adapters.
     kept = _given(args, (NOT_RESUMED | PRESETS.keys() | {"lora_rank"}) - ONCE)
     # A file of flags also holds those that nobody chose.
-    chosen = {name: value for name, value in kept.items() if name in args.typed or value != default(name)}
+    defaults = {name: value for name, (value, _, _) in FLAGS.items()}
+    chosen = {k: v for k, v in kept.items() if k in args.typed or v != defaults.get(k)}
     return command(chosen | more | dict(resume_from="last"), world_size())
-
-
-def default(name: str):
-    return FLAGS[name][0] if name in FLAGS else None
 
 
 def repeated(args, ranks: int = 1, **more) -> str:

@@ -19,6 +19,12 @@ def test_the_operations_of_a_token_are_those_that_torch_counts(tiny):
     assert Llama(str(tiny)).flops_per_token(batch) * ids.numel() == counted.get_total_flops()
 
 
+def test_the_ranks_of_a_cpu_share_its_memory_and_its_rates():
+    one, two = (devices.parse_device("CPU", ranks) for ranks in (1, 2))
+    for name in ("memory_gib", "tflops", "memory_gbps"):
+        assert getattr(two, name) == getattr(one, name) / 2 > 0
+
+
 def test_a_device_is_named_or_given_as_numbers():
     assert devices.parse_device("a100-40g") == devices.DEVICES["a100-40g"]
     assert devices.parse_device("24:165:1008") == devices.Device(24, 165, 1008, 32)

@@ -77,9 +77,9 @@ def test_every_module_says_its_job_in_a_line():
 def test_the_house_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in [*PRODUCT, *TESTS]}
     sbatch = len((ROOT / "tools" / "train.sbatch").read_text().splitlines())
-    assert sum(lines[path] for path in PRODUCT) + sbatch <= 7448
-    assert sum(lines[path] for path in TESTS) <= 6613
-    assert lines[ROOT / "train.py"] <= 403
+    assert sum(lines[path] for path in PRODUCT) + sbatch <= 7449
+    assert sum(lines[path] for path in TESTS) <= 6619
+    assert lines[ROOT / "train.py"] <= 405
     assert sum(lines[path] for path in PRODUCT if "nnscaler_engine" in path.parts) <= 369
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -73,9 +73,8 @@ def at_hand(device: torch.device, node_ranks: int) -> Device:
     """
     if device.type == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        shares = dict(
-            memory_gib=pages / 2**30, tflops=DEVICES["cpu"].tflops, memory_gbps=DEVICES["cpu"].memory_gbps
-        )
-        return DEVICES["cpu"]._replace(**{name: value / node_ranks for name, value in shares.items()})
+        cpu = DEVICES["cpu"]._replace(memory_gib=pages / 2**30)
+        shared = "memory_gib", "tflops", "memory_gbps"
+        return cpu._replace(**{name: getattr(cpu, name) / node_ranks for name in shared})
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     return (of(device) or DEVICES["a100-80g"])._replace(memory_gib=memory_gib)

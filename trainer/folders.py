@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".run.lock"  # marks a folder of this program; the run that writes there holds its lock
 IGNORED = {"lost+found", ".gitignore", ".gitkeep"}
+FLAGS_FILE = "config.yaml"  # beside metrics and checkpoints: the run's flags
 LINKS = ("last", "best", ".good")  # .good: the newest checkpoint from which a step succeeded
 OTHERS = "name another --save_dir and --log_dir"
 
@@ -121,7 +122,7 @@ def survey(save_dir: Path, resumed: Checkpoint | None) -> tuple[Path | None, lis
     found += [path for path in checkpoint.checkpoints(save_dir) if not _descends(state, path)]
     known = home.exists() and home not in [path.resolve() for path in found]
     validations = [checkpoint.validation_path(path) for path in found]
-    beside = [*validations, *([save_dir / "config.yaml"] if found else [])]
+    beside = [*validations, *([save_dir / FLAGS_FILE] if found else [])]
     return home if known else None, found + [path for path in beside if path.exists()]
 
 

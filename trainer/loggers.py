@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.folders import contents, set_aside
+from trainer.folders import FLAGS_FILE, contents, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class JsonlLogger:
             temporary.write_text("".join(line + "\n" for line in kept))
             if branched:
                 reported = run_id
-                old = [path for path in (self.path, folder / "config.yaml") if path.exists()]
+                old = [path for path in (self.path, folder / FLAGS_FILE) if path.exists()]
                 set_aside(folder, old, "metrics that this run does not continue")
             os.replace(temporary, self.path)
         about = {"run": run_id, "parents": parents, "reported": reported}

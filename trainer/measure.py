@@ -64,6 +64,13 @@ def _facts(model: Model) -> dict:
     return found | dict(layers=len(layers), longest_sample=getattr(module, "longest_sample", None))
 
 
+def parameters(model: Model) -> tuple[int, int]:
+    """The numbers of all parameters, and of those that train."""
+    found = facts(model)
+    sizes = [(size, trained) for _, size, trained in found["layer"] * found["layers"] + found["others"]]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
 def point(model: Model, recompute: str, rows: int, ranks: int) -> dict[str, float]:
     """`measure`, or what an earlier call found."""
     key = f"point {recompute} {rows} x {model.tokens} {model.precision} {ranks} {model.key}"

@@ -228,9 +228,7 @@ def _gathered(run: Run, group: str, shards: int) -> int:
 
 def trained(run: Run) -> int:
     """The number of parameters that train."""
-    found = measure.facts(run.model)
-    layer, others = (sum(n for _, n, trained in found[group] if trained) for group in ("layer", "others"))
-    return run.layers * layer + others
+    return measure.parameters(run.model)[1]
 
 
 def _width(run: Run) -> int:
