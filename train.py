@@ -25,7 +25,7 @@ from pathlib import Path
 from cli import checks, diagnosing, exporting, flagfile, flags, planning, report, settings
 from cli.flags import chosen, reporters
 from cli.settings import is_first_rank, world_size
-from trainer.args import TrainingFailed
+from errors import TrainingFailed, UserError
 from trainer.ending import complain, record
 
 logger = logging.getLogger("train")
@@ -377,6 +377,8 @@ def main(argv: list[str] | None = None) -> int:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         named = isinstance(error, WRONG_PATH) or error.errno == errno.ENAMETOOLONG
         return complain(f"{what}; make room or name a folder that can be written", 2 if named else 1)
+    except UserError as error:
+        return complain(str(error), 2)
     except TrainingFailed as error:
         return complain(str(error), 1)
     except KeyboardInterrupt:

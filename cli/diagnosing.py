@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from cli import checks, planning, settings
+from errors import TrainingFailed
 from llama3 import presets
-from trainer.args import TrainingFailed
 
 SAMPLES = 64  # whose labels are compared
 GROUP_SECONDS = 300  # how long ranks wait for one that does not answer

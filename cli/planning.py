@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cli import checks, settings
 from cli.flags import ACCUMULATION, FLAGS
-from trainer.args import TrainingFailed, derive_batch_sizes
+from errors import TrainingFailed
+from trainer.args import derive_batch_sizes
 
 logger = logging.getLogger(__name__)
 

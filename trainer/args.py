@@ -13,10 +13,6 @@ PRECISIONS = ("fp32", "bf16")
 PAS_POLICIES = ("autodist", "dp", "tp")
 
 
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message gives the reason and names the checkpoint to continue from."""
-
-
 @dataclass(frozen=True)
 class ComputeConfig:
     """`runtime_ngpus` ranks in groups of `plan_ngpus`: nnScaler partitions the model inside a group."""

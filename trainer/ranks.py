@@ -13,8 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from errors import TrainingFailed, UserError
 from trainer import parallel
-from trainer.args import TrainingFailed
 from trainer.ending import complain
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -61,7 +61,7 @@ def together(action: Callable, *args, group=None):
     result, told = None, None
     try:
         result = action(*args)
-    except (ValueError, OSError, TrainingFailed) as error:
+    except (UserError, ValueError, OSError, TrainingFailed) as error:
         told = error
     gathered(told, group)
     return result

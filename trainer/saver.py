@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from errors import TrainingFailed
 from trainer import checkpoint, folders, parallel, ranks
-from trainer.args import TrainingFailed
 from trainer.checkpoint import CheckpointName, hidden_path, sync_folder
 from trainer.tensorfile import Box, TensorFileWriter
 

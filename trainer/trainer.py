@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from errors import TrainingFailed
 from trainer import devices, folders, parallel, ranks, setup
-from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
+from trainer.args import NativeOptions, TrainerArgs
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName, lineage
 from trainer.loggers import log_save, perplexity
 from trainer.sampler import GlobalBatchSampler, load_batches

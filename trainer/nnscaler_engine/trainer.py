@@ -18,8 +18,9 @@ from nnscaler import cli
 from nnscaler.graph import tracer
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
+from errors import TrainingFailed
 from trainer import checkpoint, folders, ranks, setup
-from trainer.args import NativeOptions, TrainerArgs, TrainingFailed
+from trainer.args import NativeOptions, TrainerArgs
 from trainer.loggers import perplexity
 from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
 from trainer.sampler import GlobalBatchSampler

@@ -1,0 +1,34 @@
+"""The exceptions that end the program with one sentence instead of a traceback."""
+
+
+class UserError(Exception):
+    """Something that the user can mend: wrong flags, paths, data or checkpoints. Exit code 2.
+
+    problem: a clause that says what came and what is needed, without a final full stop.
+    fix: an imperative that mends it, without a final full stop.
+    """
+
+    def __init__(self, problem: str, fix: str):
+        super().__init__(problem, fix)
+        self.problem = problem
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.fix}."
+
+
+class UserErrors(UserError):
+    """Several UserErrors, reported together, a line each."""
+
+    def __init__(self, *errors: UserError):
+        Exception.__init__(self, *errors)
+        self.errors = errors
+        self.problem = "; ".join(error.problem for error in errors)
+        self.fix = "; ".join(error.fix for error in errors)
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on. The message gives the reason and the checkpoint to continue from. Exit code 1."""
