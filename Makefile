@@ -1,7 +1,7 @@
 # Targets set up .venv themselves; a line with ## is what `make` lists.
 PYTHON ?= python3
 PY := .venv/bin/python
-TORCHRUN := .venv/bin/torchrun --standalone
+TORCHRUN := .venv/bin/torchrun --local-addr=127.0.0.1
 INSTALLED := .venv/.installed
 
 .PHONY: help demo test test-slow images gpu lint clean

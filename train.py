@@ -1,10 +1,10 @@
 """Train and fine-tune Llama 3 on as many GPUs as there are, with one script.
 
-python train.py --prepare_data --demo                   prepare the data once
-torchrun --nproc_per_node=2 train.py --demo             train on two ranks (plain python: on one)
-torchrun --nproc_per_node=2 train.py --demo --resume_from=last --max_train_steps=100
-python train.py --demo --merge_checkpoint               one file from the shards
-python train.py --demo --export_hf                      a Hugging Face folder
+python train.py --demo --prepare_data        prepare the data once
+torchrun --local-addr=127.0.0.1 --nproc_per_node=2 train.py --demo   train on two ranks (plain python: on one)
+torchrun --local-addr=127.0.0.1 --nproc_per_node=2 train.py --demo --resume_from=last --max_train_steps=100
+python train.py --demo --merge_checkpoint    one file from the shards
+python train.py --demo --export_hf           a Hugging Face folder
 
 `--mini` instead of `--demo`, or neither, is the Llama 3 recipe on GPUs. torchrun's --nnodes adds machines.
 """
@@ -26,6 +26,7 @@ from cli import checks, diagnosing, exporting, flagfile, flags, planning, report
 from cli.flags import chosen, reporters
 from cli.settings import is_first_rank, world_size
 from errors import TrainingFailed, UserError
+from trainer import machine
 from trainer.ending import complain, record
 
 logger = logging.getLogger("train")
@@ -40,7 +41,12 @@ def prepare(args) -> None:
 
     source = chosen(args, "dataset_id", "text_column", "skip_bad_samples")
     samples = chosen(args, "dataset_path", "max_seq_len", "validation_fraction", "seed")
-    folder = data.prepare(tokenizer=assets.load_tokenizer(args.tokenizer_id), **source, **samples)
+    folder = data.prepare(
+        tokenizer=assets.load_tokenizer(args.tokenizer_id),
+        num_proc=machine.worker_processes(),
+        **source,
+        **samples,
+    )
     found = data.read_preparation(folder)["samples"]["train"]
     if found < (needed := args.global_batch_size or args.micro_batch_size * args.grad_accumulation_steps):
         fix = "prepare more text, or train with a lower --global_batch_size"
@@ -89,18 +95,23 @@ def build_trainer(args):
 
     Needs a process group. What one rank finds wrong, all ranks raise.
     """
-    from trainer import engine, ranks
+    from trainer import devices, engine, parallel, ranks
 
+    preferred = ranks.by_first_rank(devices.preferred_precision, parallel.pick_device())
+    args = settings.with_precision(args, preferred)
     wanted = args.engine, bool(args.lora_rank), settings.partition(args)
     name = ranks.together(engine.choose, *wanted) if args.mode == "train" else "native"
     resumed = engine.open_resumed(args.resume_from, args.save_dir, name)
-    trainer, facts = ranks.together(prepare_trainer, args, name, resumed)
+    trainer, facts = ranks.together(prepare_trainer, args, name, resumed, preferred)
     ranks.compare(facts)
     return trainer, resumed is None
 
 
-def prepare_trainer(args, engine_name: str, resumed):
-    """The Trainer, and what the ranks must have in common. Raises what the user can mend, as a ValueError."""
+def prepare_trainer(args, engine_name: str, resumed, preferred: str):
+    """The Trainer, and what the ranks must have in common. Raises what the user can mend, as a ValueError.
+
+    preferred: the precision that --precision=auto means, which rank 0 decides for all.
+    """
     import torch
 
     from llama3 import assets
@@ -112,7 +123,9 @@ def prepare_trainer(args, engine_name: str, resumed):
         raise ValueError(f"--resume_from={args.resume_from}: no such checkpoint in {args.save_dir}: {fix}")
     state = resumed.state if resumed else {}
     if resumed:
-        args = flags.resolve_resumed(args, state)
+        args = settings.with_precision(flags.resolve_resumed(args, state), preferred)
+    settings.warn_about_slow_bf16(args)
+    settings.check_compiler(args)
     config = assets.load_config(args.model_id, args.num_hidden_layers)
     fingerprint, samples = checks.check_data(args, config, state)
     if resumed:
@@ -363,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # prints text of any language on any terminal
     try:
+        machine.provide_home()
         args = flags.parse_args_together(argv, __doc__)
         if args.mode not in ("train", "evaluate", "doctor") and world_size() > 1:
             raise ValueError(f"--{args.mode} runs in one process: start it with python instead of torchrun")

@@ -77,7 +77,7 @@ def start(
     script: str | Path, arguments: list, ranks: int, env: dict | None, output, python=sys.executable
 ) -> subprocess.Popen:
     """`python SCRIPT ...` for one rank, torchrun for more, in a process group of its own."""
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    several = ["-m", "torch.distributed.run", "--local-addr=127.0.0.1", f"--nproc_per_node={ranks}"]
     command = [str(python), *(several if ranks > 1 else []), str(ROOT / script), *map(str, arguments)]
     options = dict(stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
     return subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, **options)

@@ -18,7 +18,7 @@ from trainer.devices import DEVICES
 from trainer.planner import usable_gib
 
 IMAGES = ROOT / "images"
-TWO_RANKS = "torchrun --standalone --nproc_per_node=2 train.py"
+TWO_RANKS = "torchrun --local-addr=127.0.0.1 --nproc_per_node=2 train.py"
 DEMO = "--demo --dataset_path=sotu-512 --val_every_n_train_steps=10"
 # A Llama of 42 million parameters, 33 of them in the embedding of Llama 3's vocabulary.
 SMALL = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8)

@@ -70,6 +70,7 @@ def machine_checks(args) -> Iterator[tuple[str, Callable]]:
         return
     gpus = sys.modules["torch"].cuda.device_count()
     yield "compiler", partial(doctor.compiler, args.compile == "on" or (args.compile == "auto" and gpus > 0))
+    yield "host_name", doctor.host_name
     if settings.world_size() == 1:
         yield "collectives", partial(doctor.collectives, gpus or 2)
     yield "hub", partial(doctor.hub, hub_files(args))
@@ -118,8 +119,9 @@ def check_model(args, known: dict) -> tuple[str, str, str]:
     import torch
 
     from llama3 import assets
-    from trainer import planner
+    from trainer import devices, parallel, planner
 
+    args = settings.with_precision(args, devices.preferred_precision(parallel.pick_device()))
     known["config"] = assets.load_config(args.model_id, args.num_hidden_layers)
     ranks = settings.world_size() if settings.world_size() > 1 else max(1, torch.cuda.device_count())
     known["run"] = run = planning.at_hand(args, ranks, {})

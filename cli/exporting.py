@@ -6,7 +6,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from cli import checks
+from cli import checks, settings
 from cli.flags import LORA
 from cli.settings import lora
 
@@ -39,12 +39,15 @@ def export_checkpoint(args, path: Path, folder: Path, dtype: str | None):
     """
     from llama3 import assets
     from llama3.export import export_hf
+    from trainer import devices, parallel
     from trainer.tensorfile import TensorFileWriter
 
     source, flags = open_exported(args, path)
     tokenizer = assets.load_tokenizer(flags.tokenizer_id)
     config = source.state.get("model") or assets.load_config(args.model_id, args.num_hidden_layers).to_dict()
-    dtype = dtype or source.state.get("config", {}).get("precision", args.precision)
+    if dtype is None:
+        preferred = devices.preferred_precision(parallel.pick_device())
+        dtype = source.state.get("config", {}).get("precision", preferred)
     shapes, tensors = source.shapes, source.parameters()
     if lora(flags):
         shapes, tensors = merge_adapter(source, flags)
@@ -72,7 +75,10 @@ def open_model(args):
     Returns it with its tokenizer, and whether it was trained on conversations.
     """
     from llama3 import assets, sample
+    from trainer import devices, parallel
 
+    args = settings.with_precision(args, devices.preferred_precision(parallel.pick_device()))
+    settings.warn_about_slow_bf16(args)
     if not args.resume_from and "model_id" not in args.typed and Path(args.save_dir, "last").exists():
         args.resume_from = "last"
     with tempfile.TemporaryDirectory() as temporary:
@@ -86,5 +92,5 @@ def open_model(args):
             assets.weight_files(args.model_id)  # says what is missing
             folder = assets.model_folder(args.model_id)
             tokenizer = assets.load_tokenizer(args.tokenizer_id)
-        logger.info("model: %s", source)
+        logger.info("model: %s, in %s", source, args.precision)
         return sample.load(folder, args.precision), tokenizer, is_chat

@@ -46,7 +46,7 @@ FLAGS = {
     "weight_decay": (0.01, (float, 0), "AdamW's"),
     "clip_gnorm": (1.0, (float, 0), "largest gradient norm; 0: no clipping"),
     "seed": (0, (int, 0), "of the sample order, fresh weights and the validation split"),
-    "precision": ("bf16", ["bf16", "fp32"], "of the computation; master weights are fp32"),
+    "precision": ("auto", ["auto", "bf16", "fp32"], "auto: bf16 where the device computes in it, else fp32"),
     "deterministic": (False, bool, "the same bits every time on CUDA too (a CPU always gives them)"),
     "max_skipped_steps": (3, (int, 1), "stop after so many non-finite steps in a row"),
     "val_every_n_train_steps": (None, (int, 1), "validate every n steps; always after a scheduled save"),

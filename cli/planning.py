@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 def show(args) -> None:
     """Prints the plans for devices that need not be here, and what else would fit; fails if none fits."""
+    import torch
+
     from trainer import devices, measure, planner
 
     if args.resume_from:
@@ -25,12 +27,14 @@ def show(args) -> None:
     if (ranks := args.world_size or planner.NODE_DEVICES) > planner.MOST_DEVICES:
         raise ValueError(f"--world_size {ranks}: give at most {planner.MOST_DEVICES} devices")
     kind, device = args.device_type, devices.parse_device(args.device_type, ranks)
+    here = devices.preferred_precision(torch.device("cpu"))
+    args = settings.with_precision(args, here if kind == "cpu" else "bf16")
     run = planner_run(args, device, ranks, planner.NODE_DEVICES, kind == "cpu", {})
     checks.say_recompute(args, run.layers)
     plans = planner.search(run)
     if args.output_path:
         Path(args.output_path).write_text(json.dumps(planner.as_json(plans), indent=1))
-    size = f"{run.global_batch_size} x {args.max_seq_len} tokens a step"
+    size = f"{run.global_batch_size} x {args.max_seq_len} tokens a step in {args.precision}"
     print(f"{args.model_id}, {size}, on {ranks} x {kind} with {run.limit_gib:.1f} GiB for tensors")
     print(planner.table(run, plans, args.max_train_steps))
     if not plans[0].fits:
@@ -48,10 +52,29 @@ def planned(args, state: dict):
     Raises ValueError if the model cannot fit.
     """
     run = at_hand(args, settings.world_size(), state)
+    warn_about_memory(run)
     if not (best := fitting(args, run)):
         return args, None
     sizes = dict(micro_batch_size=best.micro_batch_size, global_batch_size=run.global_batch_size)
     return argparse.Namespace(**vars(args) | sizes), best
+
+
+def warn_about_memory(run) -> None:
+    """Warn of a run on a CPU whose state alone exceeds the memory that is free: the kernel would kill it."""
+    from trainer import machine, planner
+
+    if not run.on_cpu:
+        return
+    shards = run.ranks // run.pinned.get("dp_replicate", 1)
+    state = planner.state(run, shards) * run.node_ranks
+    free = machine.memory().free
+    if state > free:
+        logger.warning(
+            "WARNING: weights, gradients and AdamW take %.1f GiB of this machine's memory, and %.1f GiB are "
+            "free. The kernel may kill the run: stop other programs, or train a smaller model.",
+            state / planner.GIB,
+            free / planner.GIB,
+        )
 
 
 def at_hand(args, ranks: int, state: dict):

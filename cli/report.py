@@ -11,6 +11,7 @@ from pathlib import Path
 from cli import planning
 from cli.flags import FLAGS, MODES, NOT_RESUMED, PRESETS
 from cli.settings import is_first_rank, world_size
+from trainer import machine
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ def banner(args, trainer) -> None:
     train_set, val_set = (len(data.type(**of)) if of else 0 for of in (data.train_args, data.val_args))
     lines = {"devices": devices(), "model": model(run.model.args, length, run.precision)}
     precise = ", deterministic" if options.deterministic else ""
-    lines["precision"] = f"{run.precision}, layers {'' if options.compile else 'not '}compiled{precise}"
+    compiled = "layers compiled" if options.compile else "layers not compiled"
+    lines["precision"] = f"{precision(args, run.precision)}, {compiled}{precise}"
     if not options.predicted_peak_gib:  # else the plan has said this
         batch = f"micro-batch {run.micro_batch_size} x {run.grad_accumulation_steps} accumulated"
         shards = f"{world_size() // options.dp_replicate} shards x {options.dp_replicate} replicas"
@@ -46,6 +48,20 @@ def banner(args, trainer) -> None:
     if others := [name for name, kind in REPORTERS.items() if kind in used and name != "tensorboard"]:
         lines["reports to"] = ", ".join(others)
     show(lines)
+
+
+def precision(args, name: str) -> str:
+    """Return the run's precision, and where it is fp32 the reason."""
+    from trainer import devices, parallel
+
+    if name == "bf16":
+        return name
+    device = parallel.pick_device()
+    if not devices.computes_in_bf16(device):
+        return f"fp32 ({devices.slow_bf16_reason(device)})"
+    if "precision" in args.given:
+        return "fp32 (--precision)"
+    return "fp32 (the checkpoint's)"
 
 
 def devices() -> str:
@@ -146,7 +162,7 @@ def command(flags: dict, ranks: int = 1) -> str:
     if ranks > 1:
         start = "torchrun" if _found("torchrun", here) else f"{start} -m torch.distributed.run"
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-        meet = " --standalone"
+        meet = f" {' '.join(machine.TORCHRUN_FLAGS)}"
         if nodes > 1:
             meet = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint={os.environ['MASTER_ADDR']}:29500"
             comment = "  # on each node"

@@ -1,13 +1,12 @@
 """What the flags mean for the model, the batch and the engine."""
 
+import argparse
 import functools
 import logging
 import os
-import shutil
-import sysconfig
-from pathlib import Path
 
 from cli.flags import LORA, chosen
+from errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +17,23 @@ def is_first_rank() -> bool:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def with_precision(args, preferred: str) -> argparse.Namespace:
+    """Return the flags with `preferred` in the place of --precision=auto."""
+    if args.precision == "auto":
+        return argparse.Namespace(**vars(args) | {"precision": preferred})
+    return args
+
+
+def warn_about_slow_bf16(args) -> None:
+    """Warn, from rank 0, of a run in bf16 on a device that does not compute in it."""
+    from trainer import devices, parallel
+
+    device = parallel.pick_device()
+    if args.precision == "bf16" and not devices.computes_in_bf16(device):
+        reason = devices.slow_bf16_reason(device)
+        logger.warning("WARNING: --precision=bf16, but %s. Go on in fp32 with --precision=fp32.", reason)
 
 
 def compared(args) -> dict:
@@ -93,11 +109,28 @@ def compiles(args, on_cuda: bool) -> bool:
     return args.compile == "on" or (args.compile == "auto" and (on_cuda or (args.demo and can_compile())))
 
 
+def check_compiler(args) -> None:
+    """Raise UserError if --compile=on cannot work on this CPU."""
+    import torch
+
+    from trainer import machine
+
+    if args.compile != "on" or torch.cuda.device_count() > 0:
+        return
+    problem = machine.compiler_problem()
+    if problem:
+        raise UserError(
+            f"--compile=on needs a C++ compiler that works ({problem})",
+            "Install g++ and python3-dev, or use --compile=off",
+        )
+
+
 @functools.cache
 def can_compile() -> bool:
     """Does this machine have what torch.compile needs on a CPU? Says so if not."""
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    found = bool(shutil.which(os.environ.get("CXX", "g++"))) and header.exists()
-    if not found:
-        logger.info("no g++ or no %s: --demo runs without torch.compile, a third slower", header)
-    return found
+    from trainer import machine
+
+    problem = machine.compiler_problem()
+    if problem:
+        logger.info("--demo runs without torch.compile, a third slower: %s", problem)
+    return problem is None

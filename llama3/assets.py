@@ -218,9 +218,11 @@ def _smollm2_folder() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as temporary:
             _convert(file, Path(temporary, "model")).rename(folder)
-    except (ImportError, OSError) as error:
+    except ImportError as error:
+        raise AssetError(f"{SMOLLM2} cannot be converted ({error}): `pip install gguf`") from error
+    except OSError as error:
         if not folder.is_dir():  # otherwise another process finished first
-            fix = "`pip install gguf`, make room, or set XDG_CACHE_HOME to a folder that can be written"
+            fix = "set XDG_CACHE_HOME to a folder with room that can be written"
             raise AssetError(f"{SMOLLM2} cannot be converted into {cache} ({error}): {fix}") from error
     return folder
 

@@ -45,7 +45,7 @@ def prepare(
     seed: int = 0,
     text_column: str | None = None,
     skip_bad_samples: bool = False,
-    num_proc: int | None = None,
+    num_proc: int = 1,
 ) -> Path:
     """Tokenizes, packs and splits `dataset_id` into a DatasetDict at `dataset_path`, and prints a summary.
 

@@ -31,11 +31,10 @@ class Unfinished(ValueError):
     """A preparation that stopped and can be continued; the message says how."""
 
 
-def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder: Path, num_proc: int | None):
+def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder: Path, num_proc: int):
     """Writes the shards that are missing, and returns the paths of all in order. Raises ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
     fork = multiprocessing.get_context("fork")  # workers inherit the tokenizer, which is slow to pickle
-    num_proc = num_proc or len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(num_proc, fork, _begin_worker, (os.getpid(), encoder, seed))
     paths, running, most = [], [], 2 * num_proc
     try:

@@ -64,7 +64,7 @@ def stand_in(command: str, model: Path) -> list[str]:
     if words[0] == "torchrun":
         several = ("--nnodes", "--rdzv")
         words = [word for word in words if not word.startswith(several)]
-        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1"]
     else:
         words[0] = sys.executable
     words[words.index("train.py")] = str(ROOT / "train.py")

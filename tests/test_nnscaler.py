@@ -32,7 +32,7 @@ class Runs:
 
     def start(self, ranks, *argv):
         """Under torchrun, in the folder: generated code and profiles stay there. Returns stdout."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        torchrun = ["-m", "torch.distributed.run", "--local-addr=127.0.0.1", f"--nproc_per_node={ranks}"]
         command = [sys.executable, *torchrun, *map(str, argv)]
         home = environment(HOME=str(self.folder))
         done = subprocess.run(command, cwd=self.folder, env=home, capture_output=True, text=True, timeout=300)

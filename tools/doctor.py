@@ -8,13 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+
+from trainer import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = (3, 10), (3, 12)  # the first and the last that were tested
@@ -88,25 +89,31 @@ def versions(requirements: Path) -> tuple[str, str, str]:
 
 
 def compiler(needed: bool) -> tuple[str, str, str]:
-    """Compiles what includes Python.h, as torch.compile does."""
-    name, include = os.environ.get("CXX", "g++"), sysconfig.get_path("include")
-    command = [name, "-fsyntax-only", "-x", "c++", f"-I{include}", "-"]
-    try:
-        options = dict(input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
-        done = subprocess.run(command, **options)
-        problem = done.stderr.strip().split("\n")[0] if done.returncode else ""
-    except OSError as error:
-        problem = f"{name}: {error.strerror}"
-    if not problem:
-        return "ok", f"{shutil.which(name)} finds Python.h: torch.compile can work", ""
+    """Compile and link a small library, as torch.compile does. needed: the flags ask for it."""
+    problem = machine.compiler_problem()
+    if problem is None:
+        return "ok", "C++ compiler and Python.h work: torch.compile can build for the CPU", ""
     status = "fault" if needed else "warning"
     return status, f"no torch.compile ({problem})", "install g++ and python3-dev, or use --compile=off"
 
 
-def available_memory() -> int:
-    """What the host's processes may still take."""
-    text = Path("/proc/meminfo").read_text()
-    return int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024
+def host_name() -> tuple[str, str, str]:
+    """Look up this machine's own name, which torchrun makes its address of."""
+    name = machine.unresolved_host_name()
+    if name is None:
+        return "ok", "this machine's name has an address", ""
+    problem = f"the name of this machine, {name}, has no address: torchrun alone waits for ever"
+    return "warning", problem, f"torchrun --local-addr=127.0.0.1, or a line '127.0.0.1 {name}' in /etc/hosts"
+
+
+def _precision() -> str:
+    """Return what --precision=auto means on this rank's device, and why if that is fp32."""
+    from trainer import devices, parallel
+
+    device = parallel.pick_device()
+    if devices.computes_in_bf16(device):
+        return "computes in bf16"
+    return f"computes in fp32 ({devices.slow_bf16_reason(device)})"
 
 
 def devices() -> tuple[str, str, str]:
@@ -115,8 +122,10 @@ def devices() -> tuple[str, str, str]:
 
     driver, count = Path("/proc/driver/nvidia/version"), torch.cuda.device_count()
     if not count:
-        free, total = available_memory() / GIB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        cpu = f"{os.cpu_count()} CPU cores, {free:.1f} of {total:.1f} GiB free"
+        memory = machine.memory()
+        free = memory.free / GIB
+        total = memory.total / GIB
+        cpu = f"{machine.cores():g} CPU cores, {free:.1f} of {total:.1f} GiB free, {_precision()}"
         if driver.exists():
             what = f"the NVIDIA driver is here, but torch {torch.__version__} finds no CUDA device"
             return "warning", f"{what}; {cpu}", "install torch with CUDA, or unset CUDA_VISIBLE_DEVICES"
@@ -124,7 +133,7 @@ def devices() -> tuple[str, str, str]:
     found = [torch.cuda.get_device_properties(index) for index in range(count)]
     kinds = Counter(f"{device.name} ({device.total_memory / GIB:.1f} GiB)" for device in found)
     numbers = re.findall(r"\d+\.\d+[.\d]*", driver.read_text()) if driver.exists() else []
-    told = f"driver {(numbers or ['unknown'])[0]}, CUDA {torch.version.cuda}"
+    told = f"driver {(numbers or ['unknown'])[0]}, CUDA {torch.version.cuda}, {_precision()}"
     listed = ", ".join(f"{number} x {kind}" for kind, number in kinds.items())
     if len(kinds) > 1:
         return "warning", f"{listed}; {told}", "use equal devices (CUDA_VISIBLE_DEVICES): the slowest decides"
@@ -133,7 +142,7 @@ def devices() -> tuple[str, str, str]:
 
 def collectives(ranks: int) -> tuple[str, str, str]:
     """Starts so many ranks on this machine, which sum a tensor over nccl, or gloo on a CPU."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [sys.executable, *machine.ONE_MACHINE, f"--nproc_per_node={ranks}"]
     options = dict(cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True, text=True)
     fix = f"see what NCCL_DEBUG=INFO torchrun --nproc_per_node={ranks} -m tools.doctor says"
     try:
@@ -222,7 +231,7 @@ def hub(files: dict[str, str]) -> tuple[str, str, str]:
 
 def memory(needed: int, what: str, fix: str) -> tuple[str, str, str]:
     """Compares what a run takes of this host's memory with what is free."""
-    has = available_memory()
+    has = machine.memory().free
     told = f"{what} {needed / GIB:.2f} GiB of this host, {has / GIB:.2f} are free"
     return ("ok", told, "") if needed <= has else ("fault", told, fix)
 

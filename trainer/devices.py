@@ -1,10 +1,11 @@
-"""What each kind of device can do: one table for the planner and for MFU."""
+"""What each kind of device can do: its rates, its memory, and whether it computes in bf16."""
 
-import os
 import re
 from typing import NamedTuple
 
 import torch
+
+from trainer import machine
 
 
 class Device(NamedTuple):
@@ -72,9 +73,36 @@ def at_hand(device: torch.device, node_ranks: int) -> Device:
     What the table lacks counts as an A100: a plan compares rates, and its memory is right.
     """
     if device.type == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        cpu = DEVICES["cpu"]._replace(memory_gib=pages / 2**30)
+        cpu = DEVICES["cpu"]._replace(memory_gib=machine.memory().total / 2**30)
         shared = "memory_gib", "tflops", "memory_gbps"
         return cpu._replace(**{name: getattr(cpu, name) / node_ranks for name in shared})
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     return (of(device) or DEVICES["a100-80g"])._replace(memory_gib=memory_gib)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Return whether the device has fast bf16 matrix products, as torch's own dispatch decides it.
+
+    Elsewhere torch only emulates them: on a CPU with AVX2 alone they take 5 to 100 times as long as fp32's.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # another torch may have renamed the private operator
+        capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bw") or capabilities.get("bf16"))  # x86, Arm
+
+
+def preferred_precision(device: torch.device) -> str:
+    """Return what --precision=auto means on the device: bf16 where it computes in it, else fp32."""
+    return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def slow_bf16_reason(device: torch.device) -> str:
+    """Return why a device without bf16 is slow in it, for people."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} only emulates bf16"
+    return "this CPU has no fast bf16"
