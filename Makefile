@@ -3,6 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 TORCHRUN := .venv/bin/torchrun --local-addr=127.0.0.1
 INSTALLED := .venv/.installed
+# Two processes share the tests, a file at a time, in the order that tests/conftest.py gives them.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-slow images gpu lint clean
 
@@ -30,11 +32,12 @@ demo: $(INSTALLED)  ## fine-tune a real 135M-parameter Llama on two ranks of thi
 	$(PY) train.py $(DEMO) --model_id=$(OUT)/hf --generate="My fellow Americans, the state of our union"
 	$(PY) -m tools.curves $(OUT)/log
 
-test: $(INSTALLED) lint  ## the tests, about ten minutes on two cores
-	$(PY) -m pytest -m "not slow"
+test: $(INSTALLED) lint  ## the tests, about eight minutes on two cores
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)  ## the tests that take longer: the demo, kills, memory
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m "slow and not alone"
+	$(PY) -m pytest -m "slow and alone"
 
 images: $(INSTALLED)  ## draw images/ again, from real runs: about an hour
 	$(PY) benchmarks/images.py

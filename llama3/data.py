@@ -20,20 +20,18 @@ from datasets import Dataset, DatasetDict
 from filelock import FileLock
 from tokenizers.pre_tokenizers import ByteLevel
 
-from llama3 import shards, sources
+from errors import UserError
+from llama3 import preparation, shards, sources
 from llama3.assets import document_separator, naming
 from llama3.encode import Encoder
 from llama3.loss import IGNORED
+from llama3.preparation import FORMAT, PREPARE
+from llama3.preparation import read as read_preparation
+from llama3.preparation import require as _preparation
 
-FORMAT = 4  # of the prepared folder; raised whenever it changes or the same input would give other samples
-PREPARE = "python train.py --prepare_data"
 FILE_BYTES = 500 << 20  # of a saved split's files, about
 INDICES = pa.list_(pa.int32())
 SAMPLE = pa.schema({"input_ids": INDICES, "document_starts": INDICES, "loss_mask": pa.list_(pa.uint8())})
-
-
-class DataError(ValueError):
-    """Data that is missing, unusable or prepared differently; the message says what to do."""
 
 
 def prepare(
@@ -50,7 +48,7 @@ def prepare(
     """Tokenizes, packs and splits `dataset_id` into a DatasetDict at `dataset_path`, and prints a summary.
 
     With the settings of an earlier preparation it does nothing, with others it refuses. After a kill it
-    continues. Raises DataError, EncodeError, AssetError and Unfinished.
+    continues. Raises UserError, and Unfinished if the same command can continue.
     """
     target = Path(dataset_path).resolve()
     files = sources.find_files(dataset_id)
@@ -91,7 +89,7 @@ def _working_in(work: Path) -> Iterator[None]:
         try:
             yield
             done = True
-        except ValueError as error:
+        except UserError as error:
             done = not isinstance(error, shards.Unfinished)  # the same command would fail again
             raise
         finally:
@@ -103,36 +101,40 @@ def _working_in(work: Path) -> Iterator[None]:
 def open_split(
     dataset_path: str | Path, split: str, max_seq_len: int, vocab_size: int, max_samples=None, command=PREPARE
 ) -> Dataset:
-    """Opens a split as rows in numpy, of more than `max_samples` always the same ones. Raises DataError."""
+    """Opens a split as rows in numpy, of more than `max_samples` always the same ones. Raises UserError."""
     path, known = Path(dataset_path), _preparation(Path(dataset_path), command)
-    if (prepared := known["settings"]["max_seq_len"]) != max_seq_len:
-        fix = f"use --max_seq_len={prepared}, or prepare the data at another --dataset_path"
-        raise DataError(f"{path} holds samples of {prepared} tokens, --max_seq_len is {max_seq_len}: {fix}")
-    if (largest := known["max_token_id"]) >= vocab_size:
-        fix = "prepare the data with the model's own tokenizer (--tokenizer_id, another --dataset_path)"
-        raise DataError(f"{path} has token id {largest}, the model's vocabulary has {vocab_size}: {fix}")
+    preparation.check_length(path, known, max_seq_len)
+    if known["max_token_id"] >= vocab_size:
+        raise UserError(
+            f"{path} has token id {known['max_token_id']}, and the model's vocabulary has {vocab_size}",
+            "Prepare the data with the model's own tokenizer (--tokenizer_id, another --dataset_path)",
+        )
     try:
         dataset = datasets.load_from_disk(str(path / split))
     except Exception as error:  # datasets raises many kinds for a damaged or newer folder
-        what = f"{path}/{split}, saved by datasets {known['datasets']}, cannot be read"
-        raise DataError(f"{what}: {error}. Remove {path} and prepare it again.") from error
+        raise UserError(
+            f"{path}/{split}, saved by datasets {known['datasets']}, cannot be read: {error}",
+            f"Remove {path} and prepare it again",
+        ) from error
     if max_samples is not None and len(dataset) > max_samples:
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int))
     return dataset.with_format("numpy")
 
 
 def verify(dataset_path: str | Path, part: int = 0, parts: int = 1) -> None:
-    """Compares the files `part`, `part` + `parts`, ... with their checksums. Raises DataError."""
+    """Compares the files `part`, `part` + `parts`, ... with their checksums. Raises UserError."""
     path = Path(dataset_path)
     for name, digest in sorted(_preparation(path)["files"].items())[part::parts]:
         found = _digest(path / name) if (path / name).is_file() else "no file"
         if found != digest:
-            what = f"{path / name} does not match its checksum {digest} ({found})"
-            raise DataError(f"{what}: remove {path} and prepare it again")
+            raise UserError(
+                f"{path / name} does not match its checksum {digest} (got {found})",
+                f"Remove {path} and prepare it again",
+            )
 
 
 def fingerprint(dataset_path: str | Path) -> str:
-    """Hash of what was prepared, the same on every machine and at any time. Raises DataError."""
+    """Hash of what was prepared, the same on every machine and at any time. Raises UserError."""
     known = _preparation(Path(dataset_path))
     # The source's hash has a large file's time, and the files of datasets that are not samples have paths.
     settings = {name: value for name, value in known["settings"].items() if name != "source"}
@@ -140,16 +142,20 @@ def fingerprint(dataset_path: str | Path) -> str:
 
 
 def check_prepared(dataset_path: str | Path, tokenizer, **given) -> None:
-    """Compares data with a training's tokenizer, and with these flags as prepared. Raises DataError."""
+    """Compares data with a training's tokenizer, and with these flags as prepared. Raises UserError."""
     path, known = Path(dataset_path), _preparation(Path(dataset_path))
     if known["vocabulary"] != _vocabulary(tokenizer):
         before, now = known["tokenizer_id"], tokenizer.name_or_path
-        fix = f"train with --tokenizer_id={before}, or prepare the data with {now} at another --dataset_path"
-        raise DataError(f"{path} was prepared with another tokenizer ({before}) than {now}: {fix}")
+        raise UserError(
+            f"{path} was prepared with another tokenizer ({before}) than {now}",
+            f"Train with --tokenizer_id={before}, or prepare the data with {now} at another --dataset_path",
+        )
     for name, value in given.items():
         if _plain(value) != _plain(before := {**known, **known["settings"]}[name]):
-            fix = f"leave --{name} out, or prepare with it at another --dataset_path"
-            raise DataError(f"{path} was prepared with {name} {before}, --{name} is {value}: {fix}")
+            raise UserError(
+                f"{path} was prepared with {name} {before}, and --{name} is {value}",
+                f"Leave --{name} out, or prepare with it at another --dataset_path",
+            )
 
 
 def _plain(value):
@@ -157,23 +163,6 @@ def _plain(value):
     if not isinstance(value, str):
         return value
     return [os.path.abspath(part.strip()) for part in value.split(",")]
-
-
-def _preparation(path: Path, command: str = PREPARE) -> dict:
-    """What preparation.json says. Raises DataError if `path` is not prepared, or by another version."""
-    known = read_preparation(path)
-    if known is None:
-        beside = [
-            f"{other} ({found['dataset_id']}, {found['settings']['max_seq_len']} tokens)"
-            for other in sorted(path.absolute().parent.glob("*"))
-            if (found := read_preparation(other))
-        ]
-        beside = ", ".join(beside) or "nothing"
-        raise DataError(f"{path} is not prepared: run `{command}` (prepared beside it: {beside})")
-    if (version := known["settings"]["format"]) != FORMAT:
-        fix = f"remove {path} and prepare it again"
-        raise DataError(f"{path} has format {version} of prepared data, format {FORMAT} is needed: {fix}")
-    return known
 
 
 @dataclass
@@ -218,18 +207,16 @@ def _save(paths: list[Path], folder: Path, known: dict, skip_bad_samples: bool) 
     T = known["settings"]["max_seq_len"]
     documents = pa.Table.from_batches(shards.read(*paths))
     problems = documents["problem"].drop_null()
-    if len(problems) and not skip_bad_samples:
-        what = f"{known['dataset_id']} has {len(problems)} bad sample{'s' * (len(problems) > 1)}"
-        examples = "\n  ".join(problems[:5].to_pylist())
-        fix = "Mend or remove them, or leave them out with --skip_bad_samples"
-        kept = f"({folder.parent} keeps what is tokenized)"
-        raise shards.Unfinished(f"{what}:\n  {examples}\n{fix} {kept}.")
+    if not skip_bad_samples:
+        _check_problems(problems, known["dataset_id"], folder)
     lengths = pc.list_value_length(documents["input_ids"]).to_numpy().astype(np.int64)
     keys, filled = documents["key"].to_numpy()[lengths > 0], lengths[lengths > 0]
     if filled.sum() < T:
-        found = f"the source has {len(filled)} documents with {filled.sum()} tokens in all"
-        fix = "give more text or a smaller --max_seq_len"
-        raise DataError(f"{found}, fewer than one sample of --max_seq_len={T}: {fix}")
+        raise UserError(
+            f"the source has {len(filled)} documents with {filled.sum()} tokens in all, fewer than one "
+            f"sample of --max_seq_len={T}",
+            "Give more text or a smaller --max_seq_len",
+        )
     bound = _held_out_below(keys, filled, T, known["settings"]["validation_fraction"])
     sizes = enumerate(np.bincount(np.frexp(filled)[1]).tolist())  # powers of two
     by_length = {f"{2**n // 2}-{2**n - 1}": count for n, count in sizes if count}
@@ -243,8 +230,10 @@ def _save(paths: list[Path], folder: Path, known: dict, skip_bad_samples: bool) 
         shards.write(path, SAMPLE, _pack(paths, T, bound, split))
         splits[split] = samples = Dataset.from_file(str(path))
         if split == "train" and not len(samples):
-            fix = "give answers, or raise --max_seq_len above the length of the questions"
-            raise DataError(f"{known['dataset_id']}: no sample of {T} tokens has anything to learn: {fix}")
+            raise UserError(
+                f"every sample of {T} tokens from {known['dataset_id']} is fully masked",
+                "Give answers, or raise --max_seq_len above the length of the prompts",
+            )
         known["documents"][split] = int(chosen.sum())
         known["samples"][split] = len(samples)
         known["tokens"][split] = len(samples) * T
@@ -259,6 +248,17 @@ def _save(paths: list[Path], folder: Path, known: dict, skip_bad_samples: bool) 
     known["files"] = {path.relative_to(result).as_posix(): _digest(path) for path in saved}
     (result / ".gitignore").write_text("*\n")
     (result / "preparation.json").write_text(json.dumps(known, indent=2) + "\n")
+
+
+def _check_problems(problems: pa.ChunkedArray, dataset_id: str, folder: Path) -> None:
+    """Raise Unfinished if there are bad samples."""
+    if len(problems) == 0:
+        return
+    examples = "".join(f"\n  {problem}" for problem in problems[:5].to_pylist())
+    raise shards.Unfinished(
+        f"{dataset_id} has bad samples ({len(problems)}):{examples}\n{folder.parent} keeps what is tokenized",
+        "Mend or remove them, or leave them out with --skip_bad_samples",
+    )
 
 
 def _held_out_below(keys: np.ndarray, lengths: np.ndarray, T: int, fraction: float) -> int:
@@ -301,31 +301,26 @@ def _pack(paths: list[Path], T: int, bound: int, split: str) -> Iterator[pa.Reco
 
 
 def _already_prepared(target: Path, settings: dict) -> bool:
-    """Is this preparation there already? Says so; raises DataError if something else is there."""
-    preparation = read_preparation(target)
-    if preparation is None:
+    """Is this preparation there already? Says so; raises UserError if something else is there."""
+    earlier = read_preparation(target)
+    if earlier is None:
         if target.is_file() or (target.is_dir() and any(target.iterdir())):
-            raise DataError(f"{target} exists and is not a prepared data set: choose another --dataset_path")
+            raise UserError(
+                f"{target} exists and is not a prepared data set", "Choose another --dataset_path"
+            )
         return False
-    known = preparation["settings"]
+    known = earlier["settings"]
     words = {"source": "another source or changed files", "tokenizer": "another tokenizer"}
     pairs = ((name, known.get(name), value) for name, value in settings.items())
     changed = [words.get(name, f"{name} {old}, now {new}") for name, old, new in pairs if old != new]
     if changed:
-        what = f"{target} holds {preparation['dataset_id']} with other settings ({'; '.join(changed)})"
-        raise DataError(f"{what}: choose another --dataset_path, or remove the folder")
-    samples = f"{preparation['samples']['train']:,} training samples"
+        raise UserError(
+            f"{target} holds {earlier['dataset_id']} with other settings ({'; '.join(changed)})",
+            "Choose another --dataset_path, or remove the folder",
+        )
+    samples = f"{earlier['samples']['train']:,} training samples"
     print(f"{target} is already prepared with these settings ({samples}): nothing to do")
     return True
-
-
-def read_preparation(path: str | Path) -> dict | None:
-    """What preparation.json says; None if there is none of ours."""
-    try:
-        known = json.loads(Path(path, "preparation.json").read_text())
-        return known if known["settings"]["max_seq_len"] and known["dataset_id"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def holds_conversations(path: str | Path) -> bool:
@@ -365,14 +360,17 @@ def summary(path: Path, tokenizer) -> str:
 def bits_per_byte(rows, tokenizer, loss: float) -> float:
     """The loss, in nats per target, as bits per byte of the targets' text; control tokens are no text.
 
-    Raises DataError if the tokenizer's tokens are not bytes, or the targets have no text.
+    Raises UserError if the tokenizer's tokens are not bytes, or the targets have no text.
     """
     backend, alphabet = tokenizer.backend_tokenizer, {*ByteLevel.alphabet()}
     added = tokenizer.added_tokens_decoder
     sizes = np.zeros(1 + max(tokenizer.get_vocab().values()), np.int64)  # bytes of each token
     for text, index in backend.get_vocab(with_added_tokens=False).items():
         if not alphabet.issuperset(text) and index not in added:
-            raise DataError(f"{tokenizer.name_or_path} has token {text!r}: only a byte-level one's are bytes")
+            raise UserError(
+                f"{tokenizer.name_or_path} has token {text!r}, which does not stand for bytes",
+                "Use a byte-level tokenizer",
+            )
         sizes[index] = len(text)  # each character stands for a byte
     for index, token in added.items():
         sizes[index] = 0 if token.special else len(token.content.encode())
@@ -382,7 +380,7 @@ def bits_per_byte(rows, tokenizer, loss: float) -> float:
         learned = labels[labels != IGNORED]
         targets, size = targets + len(learned), size + int(sizes[learned].sum())
     if not size:
-        raise DataError("the validation samples have no text to predict")
+        raise UserError("the validation samples have no text to predict", "Prepare other data")
     return loss * targets / (math.log(2) * size)
 
 

@@ -8,16 +8,13 @@ from itertools import chain
 import numpy as np
 from jinja2 import TemplateError
 
+from errors import UserError
 from llama3.assets import document_separator
 from llama3.sources import BadSample, Document
 
 SURROGATES = 0xD800  # no text has one, so each can stand for a control token's name inside a message
 # Part of a document: a text or a control token's id, and whether it is learned.
 Segment = tuple[str | int, bool]
-
-
-class EncodeError(ValueError):
-    """A tokenizer that does not fit the text; the message says what to do."""
 
 
 class Encoder:
@@ -45,7 +42,7 @@ class Encoder:
         self.chat_checked = False
 
     def encode(self, documents: Iterable[Document]) -> tuple:
-        """Ids, mask (True: learned) and lengths of documents end to end, and problems. Raises EncodeError."""
+        """Ids, mask (True: learned) and lengths of documents end to end, and problems. Raises UserError."""
         segments, problems = [], []
         for document in documents:
             try:
@@ -78,7 +75,10 @@ class Encoder:
         ids = np.fromiter(chain.from_iterable(parts), np.int32)
         wanted = [content for content, _ in segments if isinstance(content, int)]
         if np.isin(ids, self.control_ids).sum() != np.isin(wanted, self.control_ids).sum():
-            raise EncodeError("the tokenizer turns text into control tokens: mark those as special in it")
+            raise UserError(
+                "the tokenizer turns text into control tokens",
+                "Mark these tokens as special in it",
+            )
         ends = np.cumsum([0, *map(len, parts)])  # of segments
         mask = np.repeat(np.array([learned for _, learned in segments], bool), np.diff(ends))
         return ids, mask, np.diff(ends[np.cumsum([0, *map(len, documents)])])
@@ -94,10 +94,12 @@ class Encoder:
         return joined, np.array([*map(len, documents), *lengths[lengths == 0]], np.int64)
 
     def conversation(self, messages: list[dict]) -> list[Segment]:
-        """A chat in the tokenizer's template; assistant turns are learned. Raises BadSample, EncodeError."""
+        """A chat in the tokenizer's template; assistant turns are learned. Raises BadSample, UserError."""
         if not self.tokenizer.chat_template:
-            what = "these are conversations, but the tokenizer has no chat template"
-            raise EncodeError(f"{what}: name an Instruct model's --tokenizer_id")
+            raise UserError(
+                "the data are conversations, and the tokenizer has no chat template",
+                "Name an Instruct model's tokenizer with --tokenizer_id",
+            )
         # A control token's name inside a message must not reach the template as such.
         hide = partial(self.control_pattern.sub, lambda match: self.hidden[match[0]])
         hidden = [dict(message, content=hide(message["content"])) for message in messages]
@@ -132,9 +134,11 @@ class Encoder:
         return [(self.control.get(part, part.translate(self.shown)), learned) for part in parts]
 
     def _check_chat(self, segments: list[Segment], rendered: str) -> None:
-        """Segments are encoded apart: raises EncodeError if a text's tokens depend on what is around it."""
+        """Segments are encoded apart: raises UserError if a text's tokens depend on what is around it."""
         ids, _, _ = self._encode([segments])
         if ids.tolist() != self.tokenizer(rendered, add_special_tokens=False)["input_ids"]:
-            what = "this tokenizer's text depends on the control tokens around it"
-            raise EncodeError(f"{what}: use a byte-level one, such as Llama 3's")
+            raise UserError(
+                "this tokenizer's tokens of a text depend on the control tokens around it",
+                "Use a byte-level tokenizer, such as Llama 3's",
+            )
         self.chat_checked = True

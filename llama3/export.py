@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from errors import UserError
 from llama3.assets import DOCUMENT_SEPARATORS, document_separator, naming
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -67,29 +68,34 @@ def exported(folder: Path, weights: str, specs: dict, tensors: Iterable, writer:
 
 
 def _check_folder(folder: Path, weights: str) -> None:
-    """Raises ValueError if the folder is there and holds anything but an export with that file."""
+    """Raises UserError if the folder is there and holds anything but an export with that file."""
     if folder.is_file():
-        raise ValueError(f"{folder} is a file, where a folder is needed: give another --output_path")
+        raise UserError(f"{folder} is a file, and an export is a folder", "Give another --output_path")
     found, mark = {path.name for path in folder.glob("*")}, None
     with contextlib.suppress(SafetensorError, FileNotFoundError):
         mark = safe_open(folder / weights, "pt").metadata()
     foreign = found - EXPORTED[weights] - {weights} if EXPORT_MARK.items() <= (mark or {}).items() else found
     if foreign:
         kind = weights.split(".")[0].removesuffix("_model")
-        what = f"{folder} holds something other than an exported {kind} ({', '.join(sorted(foreign)[:3])})"
-        raise ValueError(f"{what}: give another --output_path")
+        names = ", ".join(sorted(foreign)[:3])
+        raise UserError(
+            f"{folder} holds something other than an exported {kind} ({names})", "Give another --output_path"
+        )
 
 
 def _check_shapes(config: LlamaConfig, shapes: dict) -> None:
-    """Raises ValueError if a Llama of this configuration has other parameters."""
+    """Raises UserError if a Llama of this configuration has other parameters."""
     with torch.device("meta"):
         state = LlamaForCausalLM(config).state_dict()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     needed = {(name, tuple(tensor.shape)) for name, tensor in state.items() if name not in tied}
     given = {(name, tuple(shape)) for name, shape in shapes.items() if name not in tied}
     for name, shape in sorted(needed ^ given)[:1]:
-        what = f"the checkpoint {'lacks' if (name, shape) in needed else 'has a surplus'} {name} {shape}"
-        raise ValueError(f"{what}: give the --model_id and --num_hidden_layers that it was trained with")
+        difference = "lacks" if (name, shape) in needed else "has a surplus"
+        raise UserError(
+            f"the checkpoint {difference} {name} {shape}",
+            "Give the --model_id and --num_hidden_layers that it was trained with",
+        )
 
 
 def generation_config(config: LlamaConfig, tokenizer) -> GenerationConfig:

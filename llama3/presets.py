@@ -1,4 +1,8 @@
-"""Names the sizes: the model configuration that needs no hub, and the flag defaults of --mini and --demo."""
+"""Names of models and their sizes: what needs no hub, and the flag defaults of --mini and --demo."""
+
+from pathlib import Path
+
+from errors import UserError
 
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMOLLM2 = "smollm2-135m"
@@ -34,3 +38,12 @@ DEMO = dict(
     warmup_steps=4,
     max_train_steps=12,
 )
+
+
+def check_name(model_id: str) -> None:
+    """Raise UserError for a name that is neither a folder, a packaged model nor a hub id (owner/name)."""
+    if model_id == SMOLLM2 or Path(model_id).is_dir():
+        return
+    looks_like_path = model_id.startswith((".", "/", "~")) or Path(model_id).exists()
+    if looks_like_path or model_id.count("/") != 1:
+        raise UserError(f"{model_id} is neither a folder here nor a hub id (owner/name)", "Check the name")

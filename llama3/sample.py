@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, TextStreamer, set_seed
 
-from llama3.assets import AssetError
+from errors import UserError
 from llama3.export import DTYPES, generation_config
 
 LEAVE = "/exit"
 
 
 def load(folder: Path, dtype: str) -> LlamaForCausalLM:
-    """Reads a Hugging Face folder, onto the GPU if there is one. Raises AssetError."""
+    """Reads a Hugging Face folder, onto the GPU if there is one. Raises UserError."""
     # A .bin file would be a pickle, so only safetensors are read.
     options = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are told below
@@ -23,11 +23,15 @@ def load(folder: Path, dtype: str) -> LlamaForCausalLM:
         model, loading = LlamaForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises many kinds for damaged weights
         reason = str(error).strip().split("\n")[0]
-        raise AssetError(f"{folder} cannot be read ({reason}): download or save it again") from error
-    kinds = {"lack": "missing", "have a surplus": "unexpected", "have another shape of": "mismatched"}
-    for what, kind in kinds.items():
-        if names := ", ".join(map(str, sorted(loading[f"{kind}_keys"])[:3])):
-            raise AssetError(f"the weights of {folder} {what} {names}: they were saved from another model")
+        raise UserError(f"{folder} cannot be read: {reason}", "Download or save it again") from error
+    kinds = {"missing": "lack", "unexpected": "have a surplus", "mismatched": "have another shape of"}
+    for kind, difference in kinds.items():
+        names = sorted(loading[f"{kind}_keys"])[:3]
+        if names:
+            raise UserError(
+                f"the weights of {folder} {difference} {', '.join(map(str, names))}",
+                "Save the weights with their own configuration: these are another model's",
+            )
     return model.eval().to("cuda" if torch.cuda.device_count() else "cpu")
 
 
@@ -43,7 +47,7 @@ def generate_text(
     else:
         ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).input_ids  # (1, T)
     if not ids.shape[1]:
-        raise ValueError("--generate needs a prompt of at least one token")
+        raise UserError("--generate got a prompt without tokens", "Give a prompt of at least one token")
     set_seed(seed)
     output = _continued(model, ids, _options(model, tokenizer, temperature), max_new_tokens)
     return tokenizer.decode(output[ids.shape[1] if chat else 0 :], skip_special_tokens=True)
@@ -82,11 +86,13 @@ def chat(
 ) -> None:
     """Answers what `ask` returns, word by word on stdout, until that is /exit, ends, or is interrupted.
 
-    Raises ValueError if the tokenizer has no chat template.
+    Raises UserError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        fix = "--generate continues a text; --chat needs an Instruct model, or one trained on conversations"
-        raise ValueError(f"{tokenizer.name_or_path} has no chat template: {fix}")
+        raise UserError(
+            f"{tokenizer.name_or_path} has no chat template, and --chat needs one",
+            "Continue a text with --generate, or name an Instruct model or one trained on conversations",
+        )
     set_seed(seed)
     limit, messages = model.config.max_position_embeddings, []
     options = _options(model, tokenizer, temperature)

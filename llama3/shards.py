@@ -16,6 +16,7 @@ import pyarrow as pa
 import xxhash
 from datasets.utils import tqdm
 
+from errors import UserError
 from llama3.assets import naming
 from llama3.encode import Encoder
 from llama3.sources import Document
@@ -27,12 +28,12 @@ LISTS = {"input_ids": pa.list_(pa.int32()), "loss_mask": FLAGS, "document_starts
 SHARD = pa.schema({**LISTS, "key": pa.int64(), "problem": pa.string()})
 
 
-class Unfinished(ValueError):
-    """A preparation that stopped and can be continued; the message says how."""
+class Unfinished(UserError):
+    """A preparation that stopped and can be continued."""
 
 
 def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder: Path, num_proc: int):
-    """Writes the shards that are missing, and returns the paths of all in order. Raises ValueError."""
+    """Writes the shards that are missing, and returns the paths of all in order. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     fork = multiprocessing.get_context("fork")  # workers inherit the tokenizer, which is slow to pickle
     pool = ProcessPoolExecutor(num_proc, fork, _begin_worker, (os.getpid(), encoder, seed))
@@ -47,8 +48,10 @@ def tokenize(documents: Iterator[Document], encoder: Encoder, seed: int, folder:
         for future in running:
             future.result()
     except BrokenProcessPool as error:
-        why = "a tokenizing process was killed, most likely for want of memory"
-        raise Unfinished(f"{why}: start again, what is done is kept") from error
+        raise Unfinished(
+            "a tokenizing process was killed, most likely for want of memory",
+            "Start again: what is done is kept",
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
     return paths

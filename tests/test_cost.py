@@ -1,6 +1,8 @@
 """What one step costs, without a clock: operations, bytes that it holds, and bytes that it copies."""
 
+import contextlib
 import math
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llama3.data import Collator
 from llama3.model import Llama
 from trainer import parallel, ranks, setup
-from trainer.args import NativeOptions, OptimizerConfig
+from trainer.args import Layout, NativeOptions, OptimizerConfig
 from trainer.trainer import Trainer
 
 ROWS, T, VOCABULARY, LAYERS, HIDDEN, INNER, HEADS, KV_HEADS = 2, 256, 4096, 3, 64, 128, 4, 2
@@ -30,41 +32,74 @@ def batch(seed):
     return Collator(T, ROWS)([{"input_ids": row, "document_starts": [0, 100]} for row in ids])
 
 
-def one_step(model_id, counter, recompute="none"):
-    """A step of our Trainer on one rank, of two micro-batches in bf16, after one that is not counted."""
+@contextlib.contextmanager
+def trainer_of(model_id, recompute="none"):
+    """A Trainer on one rank, in bf16, after a step of two micro-batches."""
     with ranks.process_group():
         trainer = object.__new__(Trainer)  # without a run's data and folders
         trainer.model, trainer.device, trainer.world_size = Llama(str(model_id)), torch.device("cpu"), 1
-        trainer.options = NativeOptions(reshard_after_forward=False)
+        trainer.options = NativeOptions(layout=Layout(reshard_after_forward=False))
         how = dict(precision="bf16", recompute=recompute, compile_layers=False, reshard_after_forward=False)
         parallel.parallelize(trainer.model, trainer.device, **how)
         trainer.names = setup.fill_weights(trainer.model)
         trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
         trainer.args = type("Args", (), {"optimizer": OptimizerConfig(torch.optim.AdamW, clip_gnorm=1.0)})
         trainer._train_step([batch(0), batch(1)])
-        with counter:
-            trainer._train_step([batch(2), batch(3)])
-    return trainer.model
+        yield trainer
 
 
 @pytest.mark.parametrize("recompute, passes", [("none", 3), ("full", 4)])
 def test_no_product_is_computed_twice(model_id, recompute, passes):
     counter = FlopCounterMode(display=False)  # it does not see inside attention
-    model = one_step(model_id, counter, recompute)
-    layers = sum(math.prod(p.shape) for p in model.model.model.layers.parameters() if p.ndim == 2)
+    with trainer_of(model_id, recompute) as trainer, counter:
+        trainer._train_step([batch(2), batch(3)])
+    parameters = trainer.model.model.model.layers.parameters()
+    layers = sum(math.prod(p.shape) for p in parameters if p.ndim == 2)
     products = passes * layers - (passes - 3) * LAYERS * HIDDEN * INNER  # a layer needs its last one no more
     targets = ROWS * (T - 2)  # a document's last token has none
     expected = 2 * 2 * (products * ROWS * T + 3 * VOCABULARY * HIDDEN * targets)
     assert counter.get_total_flops() == expected
 
 
-def test_a_step_holds_and_copies_no_more_than_it_must(model_id):
-    seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True)
-    model = one_step(model_id, seen)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    copied = sum(math.prod(event.input_shapes[0]) for event in seen.events() if event.name == "aten::copy_")
-    # Measured 20.0e6; logits of a micro-batch in fp32 once more would be 8.4e6.
-    assert 18e6 < np.cumsum(sizes).max() < 21e6
-    # Measured 27.8e6 elements; casting the parameters in each micro-batch would be 0.7e6 more.
-    assert 26e6 < copied < 27.8e6 + parameters
+def profiled(trainer, micro_batches: int) -> tuple[int, int]:
+    """Return the bytes that a step holds at its peak, and the elements that it copies."""
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True)
+    with profiler:
+        trainer._train_step([batch(seed) for seed in range(2, 2 + micro_batches)])
+    events = profiler.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    copies = [event.input_shapes[0] for event in profiler.events() if event.name == "aten::copy_"]
+    return max(accumulate(sizes)), sum(math.prod(shape) for shape in copies)
+
+
+def bytes_for_backward(trainer) -> int:
+    """Return what autograd keeps of a micro-batch, with the gathered weights in bf16."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # whose memory nothing else takes then
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.model(batch(2))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_a_step_holds_one_copy_of_the_logits_in_each_precision(model_id):
+    with trainer_of(model_id) as trainer:
+        peak, _ = profiled(trainer, 2)
+        kept = bytes_for_backward(trainer)
+    gradients = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    logits = VOCABULARY * ROWS * (T - 2)
+    head = 4 * VOCABULARY * HIDDEN  # the sum of the head's gradient over chunks
+    print(peak, kept, gradients, logits, head)
+    assert 6 * logits < peak < kept + gradients + head + (2 + 4) * logits + logits
+
+
+def test_a_step_casts_each_parameter_once_for_all_micro_batches(model_id):
+    with trainer_of(model_id) as trainer:
+        _, one = profiled(trainer, 1)
+        _, two = profiled(trainer, 2)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    of_each_micro_batch = two - one
+    assert one - of_each_micro_batch >= parameters

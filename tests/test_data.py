@@ -23,11 +23,11 @@ from helpers import corpora
 from helpers.corpora import documents_of, facts, make_texts, prepare_records, real_tokenizer, rows, samples
 from helpers.runs import python
 
+from errors import UserError
 from llama3 import data, shards, sources
 from llama3.assets import document_separator
 from llama3.data import (
     Collator,
-    DataError,
     bits_per_byte,
     check_prepared,
     fingerprint,
@@ -122,7 +122,7 @@ def test_a_source_is_what_was_named_and_once(tmp_path, tokenizer, monkeypatch):
     assert [path.name for path in sources.find_files("a.jsonl, b.jsonl")] == ["a.jsonl", "b.jsonl"]
     assert len(sources.find_files("*.jsonl")) == 2
     for name in ("", "a.jsonl,"):
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(UserError, match="does not exist"):
             sources.find_files(name)
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / "elsewhere").mkdir()
@@ -247,7 +247,7 @@ OTHER_SETTINGS = {
 def test_other_settings_are_refused_with_the_fix(tmp_path, tokenizer, said):
     settings = dict(folder=tmp_path, tokenizer=tokenizer, records=make_texts(50), T=T)
     before = files_of(prepare_records(**settings))
-    with pytest.raises(DataError, match="choose another --dataset_path") as refused:
+    with pytest.raises(UserError, match="Choose another --dataset_path") as refused:
         prepare_records(**settings | OTHER_SETTINGS[said])
     assert said in str(refused.value) and files_of(tmp_path / "p") == before
 
@@ -312,9 +312,9 @@ def test_a_split_opens_whole_or_as_always_the_same_samples_from_all_over(prepare
 
 def test_a_damaged_split_and_another_command_are_said(prepared):
     (prepared / "damaged").mkdir(exist_ok=True)
-    with pytest.raises(DataError, match="p/damaged, saved by .* Remove .*/p and prepare it again"):
+    with pytest.raises(UserError, match="p/damaged, saved by .* Remove .*/p and prepare it again"):
         open_split(prepared, "damaged", T, 320)
-    with pytest.raises(DataError, match="nowhere is not prepared: run `make data`"):
+    with pytest.raises(UserError, match="nowhere is not prepared .*Run `make data`"):
         open_split("nowhere", "train", T, 320, command="make data")
 
 
@@ -328,7 +328,7 @@ def test_one_part_of_the_verification_finds_a_changed_or_missing_file(tmp_path, 
     (part,) = (n for n, names in enumerate(parts) if "train/data-00000-of-00001.arrow" in names)
     for change in (lambda: damaged.write_bytes(content), lambda: damaged.write_bytes(b""), damaged.unlink):
         change()
-        with pytest.raises(DataError, match=f"{damaged} does not match its checksum .* prepare it again"):
+        with pytest.raises(UserError, match=f"{damaged} does not match its checksum .* prepare it again"):
             verify(folder, part, 3)
         verify(folder, (part + 1) % 3, 3)
         verify(folder, (part + 2) % 3, 3)
@@ -341,7 +341,7 @@ def test_data_of_an_earlier_format_are_refused_with_the_fix(tmp_path, tokenizer)
     said.pop("files")
     (folder / "preparation.json").write_text(json.dumps(said))
     for use in (verify, fingerprint, lambda path: open_split(path, "train", T, 320)):
-        with pytest.raises(DataError, match="format 3 .* format 4 is needed: remove .* prepare it again"):
+        with pytest.raises(UserError, match="format 3 .* format 4. Remove .* prepare it again"):
             use(folder)
 
 
@@ -363,7 +363,7 @@ def test_training_must_ask_for_the_flags_of_the_data_in_any_spelling(tmp_path, t
     for same in ("./a.jsonl", str(tmp_path / "a.jsonl"), "a.jsonl/"):
         check_prepared("p", tokenizer, dataset_id=same, validation_fraction=0.1)
     check_prepared("p", tokenizer, text_column=None)
-    with pytest.raises(DataError, match="--text_column is body: leave --text_column out"):
+    with pytest.raises(UserError, match="--text_column is body. Leave --text_column out"):
         check_prepared("p", tokenizer, text_column="body")
 
 
@@ -434,7 +434,7 @@ def test_bits_per_byte_counts_the_bytes_of_the_targets_text(name):
     last = len(tokenizer.decode(ids[-1:]).encode())
     masked = row | dict(loss_mask=[0] * len(ids) + [1, 1])  # only the last token and the end
     assert bits_per_byte([masked], tokenizer, 2.5) == pytest.approx(2.5 * 2 / math.log(2) / last, rel=1e-12)
-    with pytest.raises(DataError, match="no text to predict"):
+    with pytest.raises(UserError, match="no text to predict"):
         bits_per_byte([row | dict(loss_mask=[0] * (len(ids) + 2))], tokenizer, 2.5)
 
 
@@ -445,5 +445,5 @@ def test_bits_per_byte_of_tokens_that_are_not_bytes_are_refused():
     words = Tokenizer(models.WordLevel({"▁the": 0, "<end>": 1}, unk_token="<end>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", name_or_path="words")
     row = dict(input_ids=[1, 0], document_starts=[0])
-    with pytest.raises(DataError, match="words has token '▁the'"):
+    with pytest.raises(UserError, match="words has token '▁the'"):
         bits_per_byte([row], tokenizer, 1.0)

@@ -6,8 +6,9 @@ import pytest
 from helpers.corpora import facts, prepare_records, real_tokenizer, samples
 from helpers.runs import CHATML, small_tokenizer
 
-from llama3.data import DataError, prepare
-from llama3.encode import EncodeError, Encoder
+from errors import UserError
+from llama3.data import prepare
+from llama3.encode import Encoder
 from llama3.sources import Document
 
 
@@ -104,7 +105,7 @@ def test_a_conversation_that_does_not_fit_the_template_is_refused_by_its_place(t
 
 
 def test_a_tokenizer_without_a_template_is_refused_with_the_fix_and_leaves_nothing_behind(tmp_path):
-    with pytest.raises(EncodeError, match="no chat template.*--tokenizer_id"):
+    with pytest.raises(UserError, match="no chat template.*--tokenizer_id"):
         prepare_records(tmp_path, small_tokenizer(chat_template=None), [dict(messages=chat("a", "b"))] * 50)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -160,6 +161,6 @@ def test_a_sample_with_nothing_to_learn_is_dropped_and_counted(tmp_path):
     assert [row["input_ids"] for row in rows] == wanted and len(wanted) < len(parts)
     assert known["tokens"]["train"] == len(wanted) * T
     assert known["dropped_tokens"]["train"] == len(ids) - len(wanted) * T
-    with pytest.raises(DataError, match="no sample of 8 tokens has anything to learn: give answers"):
+    with pytest.raises(UserError, match="every sample of 8 tokens .* is fully masked. Give answers"):
         records = [dict(messages=chat("why " * 301, "so"))]
         prepare_records(tmp_path, tokenizer, records, "none", T=8, validation_fraction=0)

@@ -8,8 +8,10 @@ import pytest
 from helpers.corpora import facts, make_texts, prepare_records, table_bytes, write_jsonl
 from helpers.runs import small_tokenizer
 
+from errors import UserError
 from llama3 import shards, sources
 from llama3.data import prepare
+from llama3.encode import Encoder
 
 GOOD = make_texts(30)
 USER, REPLY = dict(role="user", content="a"), dict(role="assistant", content="b")
@@ -93,18 +95,42 @@ BAD = [(jsonl(line), f"a.jsonl:4: {said}") for line, said in BAD_LINES]
 BAD += [(file(name, content), said) for name, content, said in BAD_FILES]
 
 
+def encoded(folder, encoder: Encoder) -> tuple[list[int], list[str]]:
+    """Return the lengths in tokens of the documents in a folder, and the problems of the others."""
+    documents = sources.read_documents(str(folder), sources.find_files(str(folder)), None)
+    _, _, lengths, problems = encoder.encode(documents)
+    return lengths.tolist(), problems
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(small_tokenizer())
+
+
 @pytest.mark.parametrize("write, said", BAD, ids=[said for _, said in BAD])
-def test_a_bad_sample_is_named_and_refused_or_counted_and_left_out(tmp_path, write, said):
+def test_a_bad_sample_is_named_and_the_others_are_read(tmp_path, encoder, write, said):
+    write(tmp_path)
+    lengths, problems = encoded(tmp_path, encoder)
+    assert len(problems) == 1 and problems[0].startswith(f"{tmp_path}/{said}")
+    assert sum(length > 0 for length in lengths) >= len(GOOD)
+
+
+# The first line of each kind of reader that is bad.
+WHOLE = [BAD[0], *(bad for bad in BAD if bad[1].startswith(("a.parquet row 6", "a.jsonl.gz")))]
+
+
+@pytest.mark.parametrize("write, said", WHOLE, ids=[said for _, said in WHOLE])
+def test_a_preparation_refuses_a_bad_sample_or_counts_it_and_leaves_it_out(tmp_path, write, said):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in")
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(UserError) as refused:
         prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64)
     assert f"{tmp_path}/in/{said}" in str(refused.value) and "--skip_bad_samples" in str(refused.value)
-    assert "1 bad sample:" in str(refused.value) and not (tmp_path / "p").exists()
-    assert f"({tmp_path}/p.preparing keeps what is tokenized)" in str(refused.value)
+    assert "has bad samples (1):" in str(refused.value) and not (tmp_path / "p").exists()
+    assert f"{tmp_path}/p.preparing keeps what is tokenized" in str(refused.value)
     prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64, skip_bad_samples=True)
-    known = facts(tmp_path / "p")
-    assert known["bad_samples"] == 1 and sum(known["documents"].values()) >= len(GOOD)
+    preparation = facts(tmp_path / "p")
+    assert preparation["bad_samples"] == 1 and sum(preparation["documents"].values()) >= len(GOOD)
 
 
 # name: (how to write it, empty samples that are counted)
@@ -125,13 +151,19 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_what_is_empty_is_skipped_and_counted(tmp_path, name):
+def test_what_is_empty_is_skipped(tmp_path, encoder, name):
     write, empty = SKIPPED[name]
+    write(tmp_path)
+    lengths, problems = encoded(tmp_path, encoder)
+    assert (lengths.count(0), len(lengths) - lengths.count(0), problems) == (empty, len(GOOD), [])
+
+
+def test_empty_samples_are_counted(tmp_path):
     (tmp_path / "in").mkdir()
-    write(tmp_path / "in")
-    known = facts(prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64))
-    counts = (known["empty_samples"], known["bad_samples"], sum(known["documents"].values()))
-    assert counts == (empty, 0, len(GOOD))
+    jsonl(b'{"text": ""}', b'{"text": " \\n"}')(tmp_path / "in")
+    preparation = facts(prepare(str(tmp_path / "in"), small_tokenizer(), tmp_path / "p", 64))
+    assert (preparation["empty_samples"], preparation["bad_samples"]) == (2, 0)
+    assert sum(preparation["documents"].values()) == len(GOOD)
 
 
 # name: (a file and its text, --dataset_id, what the complaint must contain)
@@ -152,7 +184,7 @@ def test_nothing_to_prepare_is_a_sentence(tmp_path, name):
     (tmp_path / "in").mkdir()
     if content:
         (tmp_path / "in" / content[0]).write_text(content[1])
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(UserError) as refused:
         column = "body" if "text_column" in said else None
         prepare(f"{tmp_path}/{dataset_id}", small_tokenizer(), tmp_path / "p", 64, text_column=column)
     assert said in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -162,7 +194,7 @@ def test_the_first_few_of_many_bad_samples_are_named_by_line_and_all_are_counted
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)  # so that they lie in many shards
     lines = [b"{" if number % 3 == 0 else line for number, line in enumerate(LINES * 6, 1)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match="60 bad samples") as refused:
+    with pytest.raises(UserError, match=r"has bad samples \(60\)") as refused:
         prepare(str(tmp_path / "a.jsonl"), small_tokenizer(), tmp_path / "p", 64)
     named = [line for line in range(1, 181) if f"a.jsonl:{line}:" in str(refused.value)]
     assert named == [3, 6, 9, 12, 15]
@@ -171,7 +203,7 @@ def test_the_first_few_of_many_bad_samples_are_named_by_line_and_all_are_counted
 def test_a_text_too_long_is_named_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_CHARACTERS", 5000)
     records = [*GOOD[:5], "x" * 9000, *GOOD[5:]]
-    with pytest.raises(ValueError, match="a.jsonl:6: column 'text' has more than 5,000 characters: split"):
+    with pytest.raises(UserError, match="a.jsonl:6: column 'text' has more than 5,000 characters: split"):
         prepare_records(tmp_path, small_tokenizer(), records)
     prepare_records(tmp_path, small_tokenizer(), records, skip_bad_samples=True)
     assert sum(facts(tmp_path / "p")["documents"].values()) == len(GOOD)

@@ -18,7 +18,7 @@ def test_the_demo_learns_resumes_merges_and_exports(tmp_path):
     losses = {step: row["val_loss"] for step, row in rows(tmp_path / "log", "val_loss").items()}
     assert sorted(losses) == [0, 12, 14, 16]
     assert 3.0 < losses[0] < 3.6  # what the pretrained model has on such text: a wrong conversion shows
-    assert losses[16] < losses[0] - 0.15
+    assert losses[16] < losses[0] - 0.12  # in bf16 and in fp32
     assert f"val_loss={losses[16]:.6f}" in done.stdout  # --evaluate, on one rank, of what one rank saved
     assert f"{losses[0]:.4f} at step 0, {losses[16]:.4f} at step 16" in done.stdout
     assert Checkpoint.open(tmp_path / "checkpoints" / "last").state["step"] == 16

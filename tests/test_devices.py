@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaForCausalLM
 
+from errors import UserError
 from llama3.model import Llama
 from trainer import devices
 from trainer.trainer import Trainer
@@ -30,7 +31,7 @@ def test_a_device_is_named_or_given_as_numbers():
     assert devices.parse_device("24:165:1008") == devices.Device(24, 165, 1008, 32)
     assert devices.parse_device("24:165:1008:64").link_gbps == 64
     for wrong in ("h1000", "", "24:165", "1:2:3:4:5", "24:-1:2", "nan:1:1", "inf:1:1"):
-        with pytest.raises(ValueError, match="h100-80g.*GiB:TFLOPS:GBps"):
+        with pytest.raises(UserError, match="h100-80g.*GiB:TFLOPS:GBps"):
             devices.parse_device(wrong)
 
 

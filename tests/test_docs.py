@@ -2,24 +2,20 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import docutils.core
 import pytest
 from helpers.corpora import small_tokenizer, write_jsonl
-from helpers.runs import ROOT, environment, make_model, make_text
+from helpers.runs import ROOT, make_model, make_text, python
 
-from cli.flags import FLAGS, MODES, parse_args
+from cli.config import FLAGS, parse
 
 PAGES = [ROOT / "README.rst", ROOT / "CONTRIBUTING.rst", *sorted((ROOT / "docs").glob("*.rst"))]
 LONGEST_README = 200  # lines
 # Flags of torchrun, of the benchmarks and of other programs.
-FOREIGN = (
-    "nproc_per_node nnodes rdzv-backend rdzv-endpoint shutdown_timeout max_restarts no-deps minutes device"
-)
-FOREIGN += " litgpt logdir demo mini help"
+FOREIGN = "nproc_per_node local-addr nnodes rdzv-backend rdzv-endpoint shutdown_timeout max_restarts no-deps"
+FOREIGN += " minutes device litgpt logdir demo mini help"
 SCALE = 50  # a documented run has this many times more steps than its stand-in
 TINY = dict(max_seq_len=64, micro_batch_size=1, global_batch_size=4, precision="fp32")
 
@@ -35,7 +31,7 @@ def commands(page: Path) -> list[str]:
 def test_every_flag_target_and_file_that_a_page_names_exists(page):
     text = page.read_text()
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text))
-    assert not named - FLAGS.keys() - MODES.keys() - set(FOREIGN.split())
+    assert not named - FLAGS.keys() - set(FOREIGN.split())
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"(?:^    |``)make ([a-z-]+)", text, re.M)) <= targets
     paths = re.findall(r"``((?:tests|docs|tools|cli|llama3|trainer|benchmarks|images)/[\w./]+)``", text)
@@ -44,7 +40,7 @@ def test_every_flag_target_and_file_that_a_page_names_exists(page):
         assert (ROOT / name).exists() or name == "benchmarks/gpu.json", name
     for command in commands(page):
         if command.split()[:2] == ["python", "train.py"] and "--config" not in command:
-            parse_args(shlex.split(command)[2:])
+            parse(shlex.split(command)[2:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -57,17 +53,14 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.rst").read_text().splitlines()) <= LONGEST_README
 
 
-def stand_in(command: str, model: Path) -> list[str]:
-    """The command for two ranks, a tiny model, little text and few steps. The last of equal flags wins."""
+def stand_in(command: str, model: Path) -> tuple[list[str], int | None]:
+    """Return the script and flags for a tiny model, little text and few steps, and two ranks or None.
+
+    The last of equal flags wins.
+    """
     steps = re.search(r"--max_train_steps=(\d+)", command)
-    words = shlex.split(re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", command))
-    if words[0] == "torchrun":
-        several = ("--nnodes", "--rdzv")
-        words = [word for word in words if not word.startswith(several)]
-        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1"]
-    else:
-        words[0] = sys.executable
-    words[words.index("train.py")] = str(ROOT / "train.py")
+    launcher, *words = shlex.split(command)
+    words = [str(ROOT / "train.py"), *words[words.index("train.py") + 1 :]]
     tiny = {"model_id": model, "max_train_steps": int(steps[1]) // SCALE if steps else 1000 // SCALE, **TINY}
     if "--config" in command and not steps:
         tiny["max_train_steps"] = 100 // SCALE
@@ -77,7 +70,8 @@ def stand_in(command: str, model: Path) -> list[str]:
         tiny |= dict(world_size=2, max_train_steps=8)
     if not {"--dataset_id", "--config", "--resume_from"} & {word.split("=")[0] for word in words}:
         tiny["dataset_id"] = "texts/"
-    return words + [f"--{name}={value}" for name, value in tiny.items()]
+    words += [f"--{name}={value}" for name, value in tiny.items()]
+    return words, 2 if launcher == "torchrun" else None
 
 
 def runnable(page: Path) -> list[str]:
@@ -88,7 +82,7 @@ def runnable(page: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", filter(runnable, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*filter(runnable, PAGES)], ids=lambda page: page.name)
 def test_every_command_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     model = make_model(tmp_path / "model")
     small_tokenizer().save_pretrained(model)  # which has a chat template
@@ -100,7 +94,8 @@ def test_every_command_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     if yaml:
         (tmp_path / "run.yaml").write_text(re.sub("^    ", "", yaml[0], flags=re.M))
     for command in ["python train.py --prepare_data", *runnable(page)]:
-        options = dict(cwd=tmp_path, env=environment(), input="the state\n", timeout=300)
-        done = subprocess.run(stand_in(command, model), capture_output=True, text=True, **options)
+        argv, ranks = stand_in(command, model)
+        options = dict(cwd=tmp_path, input="the state\n", real=page.name == "README.rst")
+        done = python(*argv, ranks=ranks, check=False, **options)
         healthy = done.returncode == 0 or "--doctor" in command  # which may find a fault on this machine
         assert healthy and "Traceback" not in done.stderr, f"{command}\n{done.stdout}\n{done.stderr[-4000:]}"

@@ -32,8 +32,8 @@ def test_asking_for_nnscaler_where_it_cannot_run_is_a_sentence(flags, tmp_path):
     done = python("train.py", *flags, "--engine=nnscaler", f"--save_dir={tmp_path}", check=False)
     sentence = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert sentence.startswith("train.py: --engine=nnscaler: nnScaler ") and MISSING in sentence
-    assert sentence.endswith("or use --engine=native")
+    assert sentence.startswith("train.py: --engine=nnscaler cannot run: nnScaler ") and MISSING in sentence
+    assert sentence.endswith("or use --engine=native.")
 
 
 def test_a_pickle_that_holds_more_than_data_is_no_checkpoint(flags, tmp_path):
@@ -41,4 +41,4 @@ def test_a_pickle_that_holds_more_than_data_is_no_checkpoint(flags, tmp_path):
     torch.save({"model": print}, tmp_path / "merged.ckpt")
     argv = [f"--export_hf={tmp_path / 'merged.ckpt'}", f"--output_path={tmp_path / 'hf'}"]
     done = python("train.py", *flags, *argv, check=False)
-    assert done.returncode == 2 and "is no merged checkpoint" in done.stderr
+    assert done.returncode == 2 and "is not a merged checkpoint" in done.stderr

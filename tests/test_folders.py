@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.runs import TWO_RANKS, outputs, rows, wait_for
+from helpers.runs import outputs, rows, wait_for
 
 import train
 from trainer import folders
@@ -52,7 +52,7 @@ def test_a_run_that_set_another_aside_holds_its_own_folders(flags, tmp_path, cap
 
 
 def test_ranks_save_and_leave_when_torchrun_is_killed(launch, flags, tmp_path):
-    run = launch(*TWO_RANKS, "train.py", *flags, "--max_train_steps=1000000")
+    run = launch("train.py", *flags, "--max_train_steps=1000000", ranks=2, real=True)
     run.wait_for_step(1)
     left = run.ranks()
     run.process.kill()
@@ -103,13 +103,13 @@ def test_a_full_log_dir_saves_a_checkpoint_before_the_run_stops(flags, tmp_path,
     assert Checkpoint.open(tmp_path / "ckpt" / "last").state["step"] == 2
 
 
-@pytest.mark.parametrize("launcher, code", [([], 130), (TWO_RANKS, 1)])  # torchrun's own code is always 1
-def test_ctrl_c_saves_and_leaves(launch, flags, tmp_path, launcher, code):
-    run = launch(*launcher, "train.py", *flags, "--max_train_steps=1000000")
+@pytest.mark.parametrize("ranks, code", [(None, 130), (2, 1)])  # torchrun's own code is always 1
+def test_ctrl_c_saves_and_leaves(launch, flags, tmp_path, ranks, code):
+    run = launch("train.py", *flags, "--max_train_steps=1000000", ranks=ranks, real=True)
     run.wait_for_step(1)
     run.process.send_signal(signal.SIGINT)
     said, step = run.end(code), max(rows(tmp_path / "log", "lr"))
     assert f"SIGINT: saved step {step}" in said
     assert Checkpoint.open(tmp_path / "ckpt" / "last").state["step"] == step
-    assert "train.py" not in said.split("Traceback")[-1] or not launcher  # the only one is torchrun's
-    assert "Traceback" not in said or launcher
+    assert "train.py" not in said.split("Traceback")[-1] or not ranks  # the only one is torchrun's
+    assert "Traceback" not in said or ranks

@@ -60,7 +60,7 @@ def test_saving_in_the_background_gives_the_same_files(flags, tmp_path, device, 
     assert all(0 < row["save_blocked_seconds"] <= row["save_total_seconds"] for row in costs[:-1])
 
 
-@pytest.mark.parametrize("device, ranks", [("cpu", 2), SEVERAL])
+@pytest.mark.parametrize("device, ranks", [SEVERAL])
 def test_shards_and_replicas_have_the_losses_of_one_rank(flags, plain, tmp_path, device, ranks):
     run(tmp_path, flags, device, ranks, {"sharded": [], "replicated": ["--dp_replicate=2"]})
     for name in ("sharded", "replicated"):
@@ -68,13 +68,13 @@ def test_shards_and_replicas_have_the_losses_of_one_rank(flags, plain, tmp_path,
             assert column(tmp_path / name, key) == pytest.approx(column(plain, key), rel=1e-4)
 
 
-@pytest.mark.parametrize("device", ["cpu", on_cuda("cuda")])
+@pytest.mark.parametrize("device", [on_cuda("cuda")])
 def test_evaluation_and_a_sample_use_the_gpu(flags, tiny, tmp_path, device):
     evaluate = [*flags, "--evaluate", "--compile=off"]
     evaluated = python("-c", MAIN, *evaluate, **visible(device)).stdout
     sampled = python("-c", MAIN, f"--model_id={tiny}", "--generate=the state", **visible(device)).stdout
     for said in (evaluated, sampled):
-        assert (int(said.split()[-1]) > 0) == (device == "cuda")
+        assert int(said.split()[-1]) > 0
     assert sampled.startswith("the state")
     on_cpu = python("train.py", *evaluate).stdout
     losses = [float(re.search("val_loss=(.*) ", text)[1]) for text in (evaluated, on_cpu)]

@@ -5,7 +5,6 @@ import signal
 import time
 
 import pytest
-from helpers.runs import TWO_RANKS
 
 ENDLESS = ["--max_train_steps=1000000", "--save_every_n_train_steps=1000000"]
 
@@ -13,7 +12,7 @@ ENDLESS = ["--max_train_steps=1000000", "--save_every_n_train_steps=1000000"]
 @pytest.mark.slow  # torchrun gives a stopped rank 30 s
 @pytest.mark.parametrize("sign, said", [(signal.SIGSTOP, "rank 1 ("), (signal.SIGKILL, "Signal 9")])
 def test_a_rank_that_hangs_or_dies_ends_all(launch, flags, tmp_path, sign, said):
-    run = launch(*TWO_RANKS, "train.py", *flags, *ENDLESS, "--timeout_seconds=5")
+    run = launch("train.py", *flags, *ENDLESS, "--timeout_seconds=5", ranks=2, real=True)
     run.wait_for_step(3)
     ranks, began = run.ranks(), time.monotonic()
     os.kill(ranks[1], sign)

@@ -13,6 +13,7 @@ SENTENCES = make_texts(2000, most=12)
 # One process tries every case and prints what each returns, or its error.
 TRY_ALL = """
 import json, os, sys
+from errors import UserError
 from llama3 import assets, sources
 assets.RETRY_SECONDS = (0.01, 0.01, 0.01)
 readers = {
@@ -25,7 +26,7 @@ found = {}
 for case in json.loads(sys.argv[1]):
     try:
         found[case] = readers[case.split()[0]](case.split()[1])
-    except ValueError as error:
+    except UserError as error:
         found[case] = str(error)
 print(json.dumps(found), flush=True)
 os._exit(0)  # a thread of pyarrow's may still close a file, and aborts a process that ends in the meantime
@@ -42,7 +43,7 @@ EXPECTED = {
     "config here/dropping": 32,
     "config here/gated": GATED,
     "weights here/forbidden": GATED,
-    "tokenizer here/missing": ["here/missing", "not on the hub", "check the name"],
+    "tokenizer here/missing": ["here/missing", "not on the hub", "Check the name"],
     "config here/jammed": ["answered 429", *DOWN],
     "config here/broken": ["answered 503", *DOWN],
     "config here/unreliable": ["connection dropped", *DOWN],
@@ -80,24 +81,30 @@ def hub(tiny):
 def try_all(cases: list[str], folder, **env) -> dict:
     """What each case ("KIND NAME") returns, or its error."""
     env = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)} | env
-    return json.loads(python("-c", TRY_ALL, json.dumps(cases), **env).stdout.splitlines()[-1])
+    return json.loads(python("-c", TRY_ALL, json.dumps(cases), real=True, **env).stdout.splitlines()[-1])
 
 
-def test_models_and_data_come_from_the_hub_no_script_runs_and_troubles_are_sentences(hub, tmp_path):
-    for case, found in try_all([*EXPECTED], tmp_path, HF_ENDPOINT=hub).items():
+@pytest.fixture(scope="module")
+def home(hub, tmp_path_factory):
+    """A cache of the hub, into which every case was tried once, and what each returned."""
+    folder = tmp_path_factory.mktemp("home")
+    return folder, try_all([*EXPECTED], folder, HF_ENDPOINT=hub)
+
+
+def test_models_and_data_come_from_the_hub_no_script_runs_and_troubles_are_sentences(home):
+    for case, found in home[1].items():
         expected = EXPECTED[case]
         right = found == expected if isinstance(expected, int) else all(word in found for word in expected)
         assert right, (case, found)
 
 
-def test_without_a_network_the_cache_is_used_and_the_rest_is_a_sentence(hub, tmp_path):
+def test_without_a_network_the_cache_is_used_and_the_rest_is_a_sentence(hub, home):
     cached, model, dataset = "config here/good", "config here/never", "dataset here/never"
-    assert try_all([cached], tmp_path, HF_ENDPOINT=hub)[cached] == 32
     with socket.socket() as closed:  # a port where nobody listens
         closed.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        unreachable = try_all([cached, model], tmp_path, HF_ENDPOINT=nowhere)
-    offline = try_all([cached, model, dataset], tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+        unreachable = try_all([cached, model], home[0], HF_ENDPOINT=nowhere)
+    offline = try_all([cached, model, dataset], home[0], HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
     for found, trouble in ((unreachable, "cannot be reached"), (offline, "HF_HUB_OFFLINE is set")):
         assert found.pop(cached) == 32
         assert all(trouble in error and "--demo" in error for error in found.values()), found
@@ -107,9 +114,9 @@ def test_bookcorpus_sentences_become_documents_of_at_least_a_sample(hub, tiny, t
     prepared, home = tmp_path / "prepared", str(tmp_path / "home")
     command = ["train.py", "--prepare_data", f"--model_id={tiny}", "--max_seq_len=64"]
     command.append(f"--dataset_path={prepared}")
-    python(*command, HF_HOME=home, HF_HUB_OFFLINE="0", HF_ENDPOINT=hub)
+    python(*command, real=True, HF_HOME=home, HF_HUB_OFFLINE="0", HF_ENDPOINT=hub)
     summary = facts(prepared)
     assert sum(summary["documents"].values()) < len(SENTENCES) / 2
     assert set(summary["documents_by_length"]) == {"64-127"}
     assert len(rows(prepared, "train")) == summary["samples"]["train"]
-    assert "already prepared" in python(*command, HF_HOME=home).stdout, "finding prepared data needs no hub"
+    assert "already prepared" in python(*command).stdout, "finding prepared data needs no hub"

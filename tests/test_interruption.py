@@ -1,15 +1,18 @@
 """Runs that are killed, stopped and restarted lose nothing and end as if undisturbed."""
 
-import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from helpers import runs
-from helpers.runs import TWO_RANKS, assert_same, outputs, python, rows, run_cases, torchrun
+from helpers import processes, runs
+from helpers.killer import Killer
+from helpers.runs import assert_same, outputs, python, rows, run_cases, torchrun
 
 import train
-from cli.flags import parse_args
+from cli.config import parse
 from trainer import ranks
 from trainer.checkpoint import Checkpoint
 from trainer.sampler import load_batches
@@ -27,10 +30,9 @@ def heavier(flags, tmp_path_factory):
 def test_killed_at_random_moments_a_run_continues_from_a_whole_checkpoint(heavier, tmp_path, kills):
     kills = int(os.environ.get("KILLS", kills))
     seed = int(os.environ.get("KILL_SEED", int.from_bytes(os.urandom(3), "big")))
-    done = python("tests/helpers/killer.py", tmp_path, kills, seed, *heavier, timeout=1500, **runs.HELPERS)
-    summary = json.loads(done.stdout.splitlines()[-1])
-    print(summary)
-    assert summary["kills"] == kills and summary["during_save"] >= kills // 2, summary
+    summary = Killer(tmp_path, seed, heavier).run(kills)
+    print(kills, seed, summary)
+    assert summary["during_save"] >= kills // 2, summary
     undisturbed = [*heavier, f"--max_train_steps={summary['steps']}", *outputs(tmp_path / "whole")]
     run_cases(tmp_path, 2, {"whole": undisturbed})
     assert len(rows(tmp_path / "log", "train_loss")) == summary["steps"]
@@ -39,7 +41,8 @@ def test_killed_at_random_moments_a_run_continues_from_a_whole_checkpoint(heavie
 
 @pytest.mark.parametrize("whom", ["torchrun", "one rank"])
 def test_sigterm_saves_and_stops_at_a_step_of_all_ranks(launch, heavier, tmp_path, whom):
-    run = launch(*TWO_RANKS, "train.py", *heavier, "--max_train_steps=100000")
+    endless = [*heavier, "--max_train_steps=100000"]
+    run = launch("train.py", *endless, ranks=2, real=whom == "torchrun")
     run.wait_for_step(3)
     os.kill(run.process.pid if whom == "torchrun" else run.ranks()[1], signal.SIGTERM)
     said, stopped = run.end(code=1), max(rows(tmp_path / "log", "train_loss"))  # torchrun's own code
@@ -76,7 +79,7 @@ def group():
 def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path, monkeypatch):
     def trainer(name, *more):
         every = ["--save_every_n_train_steps=2", "--max_train_steps=5", *outputs(tmp_path / name)]
-        return train.build_trainer(parse_args([*flags, *every, *more]))[0]
+        return train.build_trainer(parse([*flags, *every, *more]))[0]
 
     stopped, seen = trainer("stopped"), []
 
@@ -106,12 +109,29 @@ def test_sigterm_does_not_wait_for_the_end_of_a_validation(flags, tmp_path, monk
 
 def test_torchrun_restarts_carry_on_by_themselves(launch, heavier, tmp_path):
     flags = [*heavier, "--max_train_steps=30", "--save_every_n_train_steps=4", "--resume_from=last"]
-    run = launch(*TWO_RANKS, "--max_restarts=3", "train.py", *flags)
+    run = launch("--max_restarts=3", "--shutdown_timeout=3", "train.py", *flags, ranks=2, real=True)
     run.wait_for_step(6)
     os.kill(run.ranks()[1], signal.SIGKILL)
     assert "resumed from" in run.end(code=0)
     torchrun(2, "train.py", *flags, *outputs(tmp_path / "whole"))
     assert_same(tmp_path, tmp_path / "whole")
+
+
+def test_a_rank_whose_torchrun_is_killed_ends_even_while_it_imports():
+    rank = "import time, train\nprint(flush=True)\ntrain.early.parse_on_all_nodes = lambda *_: time.sleep(60)"
+    rank += "\ntrain.main([])"
+    killed = f"import subprocess, sys\nrank = subprocess.Popen([sys.executable, '-c', {rank!r}])"
+    killed += "\nprint(rank.pid, flush=True)\nrank.wait()"
+    options = dict(cwd=runs.ROOT, env=runs.environment(TORCHELASTIC_RUN_ID="x"), text=True)
+    with subprocess.Popen([sys.executable, "-c", killed], stdout=subprocess.PIPE, **options) as torchrun:
+        pid = int(torchrun.stdout.readline())
+        torchrun.stdout.readline()  # train.py is imported
+        time.sleep(0.5)
+        torchrun.kill()
+    try:
+        processes.wait_for_end([pid], seconds=10)
+    finally:
+        processes.kill_all([pid])
 
 
 def test_a_second_ctrl_c_leaves_at_once():

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from cli.flags import parse_args
+from cli.config import parse
 from llama3.loss import chunked_cross_entropy
 from llama3.model import Llama
 from trainer import ranks
@@ -160,18 +160,18 @@ def test_evaluate_and_generate_take_an_adapter(runs, flags, capsys):
 # Flags -> what the message must contain. {adapter} and {whole} are checkpoints, {other} is a model whose
 # weights differ from the base's in a single number.
 WRONG = {
-    "--lora_rank=0": "--lora_rank 0, at least 1",
-    "--lora_alpha=8": "--lora_alpha without --lora_rank",
-    "--lora_targets=q_proj": "--lora_targets without --lora_rank",
-    "--lora_rank=2 --lora_targets=q_proj,lm_head": "--lora_targets lm_head, all-linear, q_proj, down_proj",
-    "--lora_rank=2 --from_scratch": "--lora_rank 2 adapts a pretrained model, leave it out",
-    "--lora_rank=2 --engine=nnscaler": "nnScaler trains no adapters, leave --lora_rank out",
-    "--resume_from={adapter} --lora_rank=2": "an adapter with --lora_rank=3, not 2, leave --lora_rank out",
-    "--resume_from={adapter} --lora_alpha=2": "an adapter with --lora_alpha=24, not 2, leave",
-    "--resume_from={adapter} --lora_targets=q_proj": "--lora_targets=all-linear, not q_proj, leave",
-    "--resume_from={adapter} --model_id={other}": "frozen weights of {base}, others now, same weights",
-    "--evaluate --resume_from={adapter} --model_id={other}": "frozen weights of {base}, others now",
-    "--export_hf={adapter} --model_id={other}": "frozen weights of {base}, others now",
+    "--lora_rank=0": "--lora_rank must be >= 1 (got 0)",
+    "--lora_alpha=8": "--lora_alpha was given without --lora_rank",
+    "--lora_targets=q_proj": "--lora_targets was given without --lora_rank",
+    "--lora_rank=2 --lora_targets=q_proj,lm_head": "names lm_head, all-linear, q_proj, down_proj",
+    "--lora_rank=2 --from_scratch": "--lora_rank=2 adapts a pretrained model, Leave out --lora_rank",
+    "--lora_rank=2 --engine=nnscaler": "nnScaler trains no adapters, Leave --lora_rank out",
+    "--resume_from={adapter} --lora_rank=2": "an adapter with --lora_rank=3, not 2, Leave --lora_rank out",
+    "--resume_from={adapter} --lora_alpha=2": "an adapter with --lora_alpha=24, not 2, Leave",
+    "--resume_from={adapter} --lora_targets=q_proj": "--lora_targets=all-linear, not q_proj, Leave",
+    "--resume_from={adapter} --model_id={other}": "base weights, differ, current {base}, same weights",
+    "--evaluate --resume_from={adapter} --model_id={other}": "base weights, differ, current {base}",
+    "--export_hf={adapter} --model_id={other}": "base weights, differ, current {base}",
     "--resume_from={whole} --lora_rank=2": "a whole model, not of an adapter, --export_hf, --model_id",
     "--export_adapter={whole}": "a whole model, not of an adapter, --export_hf",
     "--export_adapter={adapter} --output_path={whole}": "something other than an exported adapter",
@@ -211,7 +211,7 @@ def test_a_base_that_moved_and_was_cut_into_other_files_is_the_same(runs, flags,
 def test_only_adapters_have_gradients_optimizer_state_and_master_weights(flags, tmp_path, precision, width):
     given = [*flags, *ADAPTER, f"--precision={precision}", "--max_train_steps=1", *outputs(tmp_path)]
     with ranks.process_group():
-        job, _ = train.build_trainer(parse_args(given))
+        job, _ = train.build_trainer(parse(given))
         job.run()
     adapter = list(job.names)
     frozen = [p for name, p in job.model.named_parameters() if "lora_" not in name]

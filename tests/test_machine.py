@@ -43,7 +43,7 @@ def precision_line(text: str) -> str:
 def avx2_run(flags, tmp_path_factory):
     """A run with --precision=auto on a CPU without fast bf16: its folder and its output."""
     folder = tmp_path_factory.mktemp("avx2")
-    process = python("train.py", *auto(flags), *outputs(folder), **AVX2)
+    process = python("train.py", *auto(flags), *outputs(folder), real=True, **AVX2)
     return folder, process.stderr
 
 
@@ -77,24 +77,24 @@ def test_a_resume_and_an_export_take_the_resolved_precision(avx2_run, flags, tmp
 def test_bf16_without_a_fast_device_is_honoured_with_one_warning(avx2_run, flags, tmp_path):
     last = avx2_run[0] / "ckpt" / "last"
     longer = [*auto(flags), f"--resume_from={last}", "--max_train_steps=3", *outputs(tmp_path)]
-    process = torchrun(2, "train.py", *longer, "--precision=bf16", **AVX2)
+    process = torchrun(2, "train.py", *longer, "--precision=bf16", real=True, **AVX2)
     assert precision_line(process.stderr).startswith("bf16, ")
     assert process.stderr.count("Go on in fp32 with --precision=fp32") == 1
     assert saved_precision(tmp_path) == "bf16"
     # A resume takes it from there, and warns too.
     again = [*auto(flags), "--resume_from=last", "--max_train_steps=4", *outputs(tmp_path)]
-    process = python("train.py", *again, **AVX2)
+    process = python("train.py", *again, real=True, **AVX2)
     assert precision_line(process.stderr).startswith("bf16, ")
     assert process.stderr.count("Go on in fp32 with --precision=fp32") == 1
 
 
 @pytest.mark.slow
 def test_evaluation_and_generation_are_in_fp32_too(avx2_run, flags):
-    generated = python("train.py", *auto(flags), "--generate=the", "--max_new_tokens=1", **AVX2)
+    generated = python("train.py", *auto(flags), "--generate=the", "--max_new_tokens=1", real=True, **AVX2)
     (model_id,) = [flag.removeprefix("--model_id=") for flag in flags if flag.startswith("--model_id=")]
     assert f"model: {model_id}, in fp32" in generated.stderr
-    evaluated = python("train.py", *auto(flags), "--evaluate", **AVX2).stdout
-    explicit = python("train.py", *auto(flags), "--evaluate", "--precision=fp32", **AVX2).stdout
+    evaluated = python("train.py", *auto(flags), "--evaluate", real=True, **AVX2).stdout
+    explicit = python("train.py", *auto(flags), "--evaluate", "--precision=fp32", real=True, **AVX2).stdout
     assert evaluated == explicit and "val_loss=" in evaluated
 
 
@@ -108,7 +108,7 @@ def test_rank_0_decides_for_all_ranks(flags, tmp_path):
         "import train\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    process = torchrun(2, script, *auto(flags), *outputs(tmp_path), **HELPERS)
+    process = torchrun(2, script, *auto(flags), *outputs(tmp_path), real=True, **HELPERS)
     assert precision_line(process.stderr).startswith("fp32 (this CPU has no fast bf16), ")
     assert saved_precision(tmp_path) == "fp32"
 
@@ -116,8 +116,8 @@ def test_rank_0_decides_for_all_ranks(flags, tmp_path):
 @pytest.mark.slow
 def test_a_plan_is_in_bf16_on_gpus_and_as_this_machine_on_a_cpu(flags):
     plan = ["train.py", "--plan", *auto(flags), "--world_size=2"]
-    assert "tokens a step in bf16, on 2 x h100-80g" in python(*plan, **AVX2).stdout
-    assert "tokens a step in fp32, on 2 x cpu" in python(*plan, "--device_type=cpu", **AVX2).stdout
+    assert "tokens a step in bf16, on 2 x h100-80g" in python(*plan, real=True, **AVX2).stdout
+    assert "tokens a step in fp32, on 2 x cpu" in python(*plan, "--device_type=cpu", real=True, **AVX2).stdout
 
 
 @pytest.mark.parametrize(

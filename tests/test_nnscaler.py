@@ -205,7 +205,7 @@ def test_bf16_keeps_rope_frequencies_and_master_weights_in_fp32(runs):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
-from cli.flags import parse_args
+from cli.config import parse
 from trainer import ranks
 def check(run):
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
@@ -213,7 +213,7 @@ def check(run):
     assert {{value.dtype for value in (*run.model.buffers(), *moments)}} == {{torch.float32}}
     print(len(moments), "checked")
 with ranks.process_group():
-    trainer, _ = train.build_trainer(parse_args())
+    trainer, _ = train.build_trainer(parse())
     trainer.args.hook.on_train_end = check
     trainer.run()
 """)
@@ -261,5 +261,7 @@ def test_what_nnscaler_cannot_do_is_refused_in_a_sentence(runs, whole):
         ("native", theirs): "the other engine wrote",
     }
     for (engine, *more), sentence in cases.items():
-        done = python(ON_CPU, "train.py", *runs.argv("refused", f"--engine={engine}", *more), check=False)
+        done = python(
+            ON_CPU, "train.py", *runs.argv("refused", f"--engine={engine}", *more), check=False, real=True
+        )
         assert done.returncode == 2 and sentence in done.stderr, done.stderr[-2000:]

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from errors import UserError
 from trainer import args as ours
 
 reason = "nnScaler is not installed (requirements-nnscaler.txt)"
@@ -22,7 +23,7 @@ def test_every_name_is_one_of_nnscalers(cls):
 
 
 def outcome(module, ranks, plan, sizes, compute, **required):
-    """(micro batch, global batch, accumulation, data-parallel degree), or ValueError."""
+    """(micro batch, global batch, accumulation, data-parallel degree), or UserError."""
     micro, total, accumulation = sizes
     try:
         args = module.TrainerArgs(
@@ -35,8 +36,8 @@ def outcome(module, ranks, plan, sizes, compute, **required):
             **dict(micro_batch_size=micro, global_batch_size=total, grad_accumulation_steps=accumulation),
             **required,
         )
-    except ValueError:
-        return ValueError
+    except (UserError, ValueError):  # ours, theirs
+        return UserError
     derived = args.micro_batch_size, args.global_batch_size, args.grad_accumulation_steps
     return *derived, args.scaling_factor
 
@@ -53,7 +54,7 @@ def test_data_parallelism_alone_partitions_nothing():
         max_train_steps=1,
         pas_policy="dp",
     )
-    with pytest.raises(ValueError, match="--pas_policy=dp with --plan_ngpus=2: use autodist or tp"):
+    with pytest.raises(UserError, match="--pas_policy=dp with --plan_ngpus=2: use autodist or tp"):
         Trainer(train_args=args)
 
 

@@ -1,13 +1,12 @@
-"""Several nodes, each with a torchrun on loopback, train as one, or all end with the same sentence."""
+"""Several nodes train as one, or all end with the same sentence."""
 
 import json
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 from helpers import runs
+from helpers.forks import Ranks, environment, free_port, start_process
 from helpers.runs import outputs
 
 
@@ -22,32 +21,37 @@ def nodes(flags, prepared, tmp_path):
         (tmp_path / name / "data").symlink_to(prepared)
 
     def start(first: list, second: list, ranks: int = 1) -> tuple[list[int], list[str]]:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
-        launcher = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={ranks}"]
-        launcher += ["--rdzv-backend=c10d", endpoint, "--rdzv-id=1", "--local-addr=127.0.0.1"]
         started = []
+        port = free_port()
         common = [*flags, "--dataset_path=data", "--max_train_steps=2", *outputs(tmp_path)]
-        for name, more in (("first", first), ("second", second)):
-            command = [sys.executable, *launcher, runs.ROOT / "train.py", *common, *more]
-            options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            started.append(subprocess.Popen(command, cwd=tmp_path / name, env=runs.environment(), **options))
+        files = [tmp_path / "first.txt", tmp_path / "second.txt"]
+        for node, more in enumerate((first, second)):
+            argv = [runs.ROOT / "train.py", *common, *more]
+            options = dict(node=node, nodes=2, port=port, cwd=str(tmp_path / files[node].stem))
+            started.append(Ranks(ranks, argv, environment(), files[node], files[node], **options))
         try:
-            said = [process.communicate(timeout=120)[0] for process in started]
+            codes = [node.wait(120) for node in started]
         finally:
-            for process in started:
-                process.kill()
-        return [process.returncode for process in started], said
+            for node in started:
+                node.kill()
+        return codes, [file.read_text() for file in files]
 
     return start
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_two_nodes_of_two_ranks_have_the_losses_of_one_rank(nodes, flags, tmp_path, replicas):
+def test_two_torchruns_of_two_ranks_have_the_losses_of_one_rank(flags, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    command = [*runs.launcher(2, "--nnodes=2", "--rdzv-backend=c10d", endpoint, "--local-addr=127.0.0.1")]
     batch = ["--global_batch_size=8", "--max_train_steps=3"]
-    mesh = [*batch, f"--dp_replicate={replicas}"]
-    codes, said = nodes(mesh, mesh, ranks=2)
-    assert codes == [0, 0], said
+    command += ["train.py", *flags, *batch, "--dp_replicate=2", *outputs(tmp_path)]
+    with open(tmp_path / "output", "w") as output:
+        both = [start_process(command, stdout=output, stderr=output) for _ in range(2)]
+    try:
+        assert [process.wait(240) for process in both] == [0, 0], (tmp_path / "output").read_text()
+    finally:
+        for process in both:
+            process.kill()
     runs.python("train.py", *flags, *batch, *outputs(tmp_path / "one"))
     for key in ("train_loss", "gnorm"):
         expected, found = runs.column(tmp_path / "one", key), runs.column(tmp_path, key)
@@ -55,12 +59,12 @@ def test_two_nodes_of_two_ranks_have_the_losses_of_one_rank(nodes, flags, tmp_pa
 
 
 WRONG = {
-    "another rate": ("--learning_rate=1e-2", "has --learning_rate 0.01, rank 0 has 0.001: start every"),
-    "another end": ("--max_train_steps=3", "has --max_train_steps 3, rank 0 has 2: start every"),
-    "a flag that does not exist": ("--learning_rte=1", "did you mean --learning_rate?"),
+    "another rate": ("--learning_rate=1e-2", "has --learning_rate 0.01, rank 0 has 0.001. Start every"),
+    "another end": ("--max_train_steps=3", "has --max_train_steps 3, rank 0 has 2. Start every"),
+    "a flag that does not exist": ("--learning_rte=1", "Use --learning_rate"),
     "data that are not there": ("", "data is not prepared"),
-    "another mode": ("--evaluate", "has --evaluate True, rank 0 has None: start every"),
-    "a save_dir that is not shared": ("--save_dir={}/other", "name a --save_dir that all nodes share"),
+    "another mode": ("--evaluate", "has --evaluate True, rank 0 has False. Start every"),
+    "a save_dir that is not shared": ("--save_dir={}/other", "Name a --save_dir that all nodes share"),
 }
 
 

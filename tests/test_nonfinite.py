@@ -35,7 +35,11 @@ def run(flags, tiny, tmp_path_factory):
         data = prepare(model, out / f"{name}.jsonl", validation_fraction=0.1)
         more = [f"--model_id={model}", f"--dataset_path={data}", "--max_train_steps=12"]
         cases[name] = [*flags, *more, *outputs(out / name)]
-    run_cases(out, 2, cases, all=1)
+    explodes = ["--learning_rate=1e38", "--clip_gnorm=0", "--max_train_steps=1", "--async_save=on"]
+    cases["explodes"] = [*flags, *explodes, *outputs(out / "explodes")]
+    rejected = out / "explodes" / "ckpt" / "0000-0001.rejected"
+    cases["again"] = [f"--resume_from={rejected}", *outputs(out / "explodes")]
+    run_cases(out, 2, cases, all=1, explodes=1, again=1)
     return out, token, cases["all"]
 
 
@@ -65,14 +69,25 @@ def test_training_goes_on_as_if_the_skipped_steps_were_not_there(run):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5)
 
 
-def test_what_has_no_finite_validation_loss_is_not_kept(flags, tmp_path):
+def test_what_has_no_finite_validation_loss_is_set_aside(flags, tmp_path):
     exploding = ["--learning_rate=1e38", "--clip_gnorm=0", "--max_train_steps=1", *outputs(tmp_path)]
     done = python("train.py", *flags, *exploding, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "validation loss of step 1 is nan" in done.stderr and "no checkpoint was saved" in done.stderr
+    assert "validation loss at step 1 is nan" in done.stderr and "no checkpoint was saved" in done.stderr
     assert rows(tmp_path / "log", "val_loss")[1]["val_loss"] is None
     assert "NaN" not in (tmp_path / "log" / "metrics.jsonl").read_text()
-    assert not (tmp_path / "ckpt" / "last").exists() and not list((tmp_path / "ckpt").glob("0*"))
+    assert not (tmp_path / "ckpt" / "last").exists()
+    (rejected,) = (tmp_path / "ckpt").glob("0*")
+    assert rejected.name == "0000-0001.rejected" and f"moved to {rejected}; no checkpoint" in done.stderr
+    Checkpoint.open(rejected).verify()
+
+
+def test_two_ranks_set_a_checkpoint_aside_and_validate_it_again_together(run):
+    folder = run[0] / "explodes" / "ckpt"
+    assert [path.name for path in folder.glob("0*")] == ["0000-0001.rejected"]
+    assert not (folder / "last").is_symlink()
+    metrics = rows(run[0] / "explodes" / "log", "val_loss")  # a step that came twice would be an error
+    assert metrics[1]["val_loss"] is None
 
 
 def test_after_too_many_in_a_row_the_run_stops_and_saves_nothing(run, tmp_path, capsys):

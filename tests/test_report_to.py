@@ -51,7 +51,7 @@ print(json.dumps([runs, [row for run in runs for row in SQLiteStorage.get_logs("
 @pytest.mark.parametrize("library", ["wandb", "trackio"])
 def test_a_resumed_run_goes_on_reporting_what_the_metrics_hold(flags, tmp_path, library):
     pytest.importorskip(library, reason=f"pip install {library}")
-    env = dict(WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"))
+    env = dict(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false", TRACKIO_DIR=str(tmp_path / "trackio"))
     argv = ["train.py", *flags, f"--report_to={library}", *outputs(tmp_path)]
     python(*argv, "--max_train_steps=2", **env)
     python(*argv, "--max_train_steps=4", "--resume_from=last", **env)

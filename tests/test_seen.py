@@ -16,11 +16,11 @@ import termios
 
 import datasets
 import pytest
-from helpers.runs import ROOT, TWO_RANKS, environment, make_text, outputs, rows, wait_for
+from helpers.runs import ROOT, environment, make_text, outputs, rows, start
 
 import train
 from cli import report, settings
-from cli.flags import parse_args
+from cli.config import parse
 from trainer.loggers import Progress, duration
 
 
@@ -98,7 +98,7 @@ def test_the_banner_says_what_runs(chain, tiny):
     assert told(banner, "data") == f"{expected}, {held_out} samples for validation"
     assert told(banner, "batch") == "4 samples, 128 tokens"
     assert told(banner, "steps") == f"3: {samples / 4:,.1f} steps an epoch, {12 / samples:.2f} epochs"
-    assert told(banner, "precision") == "fp32, layers not compiled"
+    assert told(banner, "precision") == "fp32 (--precision), layers not compiled"
     assert told(banner, "layout").endswith("1 shards x 1 replicas, micro-batch 1 x 4 accumulated")
     assert banner.index("devices") < banner.index("train_loss")
 
@@ -107,12 +107,12 @@ def test_the_banner_counts_what_an_adapter_trains(tiny):
     import peft
     from transformers import AutoModelForCausalLM
 
-    args = parse_args([f"--model_id={tiny}", "--lora_rank=2", "--lora_targets=q_proj,v_proj"])
+    ours = parse([f"--model_id={tiny}", "--lora_rank=2", "--lora_targets=q_proj,v_proj"]).config
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
     trained, total = model.get_nb_trainable_parameters()
     expected = f"{total:,} parameters, {trained:,} of them trained ({trained / total:.2%}): LoRA of rank 2 on"
-    assert expected in report.model(settings.model_arguments(args), 32, "fp32")
+    assert expected in report.model(settings.model_arguments(ours), 32, "fp32")
 
 
 def test_the_lines_and_the_summary_say_what_the_metrics_hold(chain):
@@ -184,10 +184,9 @@ def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 100, 0, 0))
     more = ["--max_train_steps=30", "--save_every_n_train_steps=10", "--async_save=on", *outputs(tmp_path)]
-    command = [sys.executable, "train.py", *flags, *more]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=theirs, stdout=subprocess.PIPE)
+    process = start(["train.py", *flags, *more], tmp_path / "stdout", os.ttyname(theirs))
+    seen = os.read(ours, 65536)  # from now on, the process has the terminal open
     os.close(theirs)
-    seen = b""
     while True:
         try:
             seen += os.read(ours, 65536)
@@ -195,7 +194,6 @@ def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path
             break
     os.close(ours)
     assert process.wait(60) == 0, seen.decode()
-    process.stdout.close()
     lines, logged = screen(seen.decode()), rows(tmp_path / "log", "train_loss")
     bars = [line for line in lines if "█" in line]
     assert len(bars) == 1, lines
@@ -212,23 +210,14 @@ def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path
     assert not any("Epoch" in line for line in lines) and lines.index(bars[0]) < len(lines) - 5
 
 
-def test_the_command_after_an_interruption_continues_on_as_many_ranks(flags, tmp_path):
-    more = ["--max_train_steps=400", *outputs(tmp_path)]
-    with open(tmp_path / "said", "w+") as output:
-        command = [sys.executable, *TWO_RANKS, "train.py", *flags, *more]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
-        metrics = tmp_path / "log" / "metrics.jsonl"
-        wait_for(
-            lambda: metrics.exists() and metrics.read_text(),
-            lambda: process.poll() is None,
-            tmp_path / "said",
-        )
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    said, stopped = (tmp_path / "said").read_text(), max(rows(tmp_path / "log", "train_loss"))
+def test_the_command_after_an_interruption_continues_on_as_many_ranks(launch, flags, tmp_path):
+    run = launch("train.py", *flags, "--max_train_steps=4000", ranks=2)
+    run.wait_for_step(1)
+    run.process.send_signal(signal.SIGTERM)
+    said, stopped = run.end(code=1), max(rows(tmp_path / "log", "train_loss"))
     command = following(said)
     assert "--nproc_per_node=2" in command and said.count("next: ") == 1
-    again = run_printed(command.replace("=400", f"={stopped + 2}"))
+    again = run_printed(command.replace("=4000", f"={stopped + 2}"))
     assert f"step {stopped}, {4 * stopped} samples seen" in again.stderr
     assert max(rows(tmp_path / "log", "train_loss")) == stopped + 2
     lines = [line for line in again.stderr.splitlines() if "OMP_NUM_THREADS" not in line and line.strip("* ")]
@@ -236,9 +225,9 @@ def test_the_command_after_an_interruption_continues_on_as_many_ranks(flags, tmp
 
 
 WRONG = {
-    "wandb": "--report_to=wandb: wandb is not installed: pip install wandb, or leave it out",
-    "tensorboard,trackio": "trackio is not installed: pip install trackio, or leave it out",
-    "neptune": "--report_to neptune: give some of tensorboard, wandb, trackio, with commas",
+    "wandb": "--report_to=wandb needs wandb, which is not installed. Install it with `pip install wandb`",
+    "tensorboard,trackio": "needs trackio, which is not installed. Install it with `pip install trackio`",
+    "neptune": "--report_to names neptune, which is not a reporter. Give some of tensorboard, wandb, trackio",
 }
 
 

@@ -13,22 +13,29 @@ from helpers.runs import HELPERS, ROOT, environment, python, torchrun
 import train
 
 WRONG = "--max_train_steps=0"
-SENTENCE = "train.py: --max_train_steps 0: at least 1 is needed"
+SENTENCE = "train.py: --max_train_steps must be >= 1 (got 0). Give 1 or more."
+
+
+def test_torchrun_names_our_sentence_and_code_as_the_root_cause(flags):
+    done = torchrun(2, "train.py", *flags, "--dataset_path=x", check=False, real=True)
+    before, root = done.stderr.split("Root Cause")
+    sentence = "train.py: x is not prepared"
+    assert done.returncode == 1 and before.count("train.py: ") == before.count(sentence) == 1
+    assert f"traceback : {sentence}" in root and "exitcode  : 2 " in root and "<N/A>" not in root
 
 
 TOGETHER = {
     WRONG: SENTENCE,
-    "--dataset_path=x": "train.py: x is not prepared",
-    "--prepare_data": "train.py: --prepare_data runs in one process: start it with python",
+    "--prepare_data": "train.py: --prepare_data runs in one process, and torchrun started 2. Start it with",
 }
 
 
 @pytest.mark.parametrize("wrong", TOGETHER)
-def test_torchrun_names_our_sentence_and_code_as_the_root_cause(flags, wrong):
-    done = torchrun(2, "train.py", *flags, wrong, check=False)
-    before, root = done.stderr.split("Root Cause")
-    assert done.returncode == 1 and before.count("train.py: ") == before.count(TOGETHER[wrong]) == 1
-    assert f"traceback : {TOGETHER[wrong]}" in root and "exitcode  : 2 " in root and "<N/A>" not in root
+def test_ranks_that_are_wrong_together_print_one_sentence_and_give_torchrun_another(flags, tmp_path, wrong):
+    file = tmp_path / "error.json"
+    done = torchrun(2, "train.py", *flags, wrong, check=False, TORCHELASTIC_ERROR_FILE=str(file))
+    assert done.returncode == 1 and done.stderr.count("train.py: ") == done.stderr.count(TOGETHER[wrong]) == 1
+    assert json.loads(file.read_text())["message"]["message"].startswith(TOGETHER[wrong])
 
 
 def test_a_node_without_rank_0_says_its_sentence_too():
@@ -47,28 +54,31 @@ UNHANDLED = {
 @pytest.mark.parametrize("error", UNHANDLED)
 def test_an_unhandled_error_leaves_at_once_with_its_traceback(tmp_path, error):
     (tmp_path / "broken.py").write_text(
-        "import runpy, threading, torch, trainer.engine\n"
-        f"def choose(*_): raise {error}\n"
-        "trainer.engine.choose = choose\n"
+        "import runpy, threading, torch, cli.plan\n"
+        f"def show(*_): raise {error}\n"
+        "cli.plan.show = show\n"
         "threading.Thread(target=threading.Event().wait).start()  # never ends\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
     file = tmp_path / "error.json"
     env = dict(TORCHELASTIC_ERROR_FILE=str(file), **HELPERS)
-    done, said = python(tmp_path / "broken.py", check=False, timeout=60, **env), json.loads(file.read_text())
+    done, said = (
+        python(tmp_path / "broken.py", "--plan", check=False, timeout=60, **env),
+        json.loads(file.read_text()),
+    )
     assert done.returncode == 1 and done.stderr.count("Traceback") == 1
     assert said["message"]["message"] in done.stderr
     assert said["errorTraits"]["retryability"] == UNHANDLED[error]
 
 
 def test_out_of_gpu_memory_is_a_sentence_with_the_fix(monkeypatch, capsys):
-    def choose(*_):
+    def show(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
-    monkeypatch.setattr("trainer.engine.choose", choose)
-    assert train.main([]) == 1
+    monkeypatch.setitem(train.MODES, "plan", show)
+    assert train.main(["--plan"]) == 1
     said = capsys.readouterr().err
-    assert "rank 0 has too little GPU memory (CUDA out of memory): use --recompute=full" in said
+    assert "rank 0 has too little GPU memory (CUDA out of memory). Use --recompute=full" in said
     assert said.count("\n") == 1
 
 

@@ -39,7 +39,7 @@ def read_metrics(log_dir: Path) -> list[dict]:
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, KeyError, TypeError, OverflowError):
             if number < len(lines):
-                logger.warning("WARNING: %s, line %d is no row of metrics: left out", path, number)
+                logger.warning("%s, line %d is no row of metrics: left out", path, number)
     return rows
 
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import UserError
 from trainer import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +39,8 @@ def examine(name: str, check: Callable[[], tuple[str, str, str]]) -> Finding:
     """Calls the check; whatever it raises is a fault."""
     try:
         return Finding(name, *check())
-    except ValueError as error:  # ours have the fix after their last colon outside parentheses
-        text = " ".join(str(error).split())
-        parts = re.fullmatch(r"((?:\([^()]*\)|[^()])*): (.+)", text)
-        return Finding(name, "fault", *(parts.groups() if parts else (text, "")))
+    except UserError as error:
+        return Finding(name, "fault", " ".join(error.problem.split()), error.fix)
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Finding(name, "fault", what, "read what failed above, or report it")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errors import UserError, raise_together
+
 PRECISIONS = ("fp32", "bf16")
 PAS_POLICIES = ("autodist", "dp", "tp")
 
@@ -22,8 +24,10 @@ class ComputeConfig:
 
     def __post_init__(self):
         if self.plan_ngpus < 1 or self.runtime_ngpus % self.plan_ngpus:
-            has = f"plan_ngpus {self.plan_ngpus} does not divide {self.runtime_ngpus} ranks"
-            raise ValueError(f"{has}: give a number that does")
+            raise UserError(
+                f"plan_ngpus ({self.plan_ngpus}) does not divide the number of ranks ({self.runtime_ngpus})",
+                "Give a number that divides the ranks",
+            )
 
 
 @dataclass
@@ -124,35 +128,50 @@ class HookMapConfig:
     on_train_end: Callable | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run lies over its ranks: decided once, by the flags, the plan and the machine, and saved.
+
+    dp_shard: ranks that share one copy of the model. dp_replicate: copies of the model.
+    recompute: 'none', 'full', and not with nnScaler 'selective' (all but matrix products and attention), or
+    the number of layers that recompute their activations.
+    reshard_after_forward: free a layer's gathered weights after its forward, or only when a step is over.
+    micro_batch_size: samples in one forward of a rank. grad_accumulation_steps: forwards in a step.
+    compile: layers are compiled, each by itself.
+    predicted_peak_gib: the plan's, of a rank's tensors; compared with the measured peak in the end.
+    """
+
+    dp_shard: int = 1
+    dp_replicate: int = 1
+    recompute: str | int = "none"
+    reshard_after_forward: bool = True
+    micro_batch_size: int = 1
+    grad_accumulation_steps: int = 1
+    compile: bool = False
+    predicted_peak_gib: float | None = None
+
+
 @dataclass
 class NativeOptions:
     """Options that nnScaler's interface has no field for. Its engine refuses those that it cannot honour.
 
-    recompute: 'none', 'full', and not with nnScaler 'selective' (all but matrix products and attention), or
-    the number of layers that recompute their activations.
+    layout: how the run lies over its ranks; its batch sizes are also TrainerArgs'.
     validate_first: validate before the first step, and log the result as step 0.
     max_skipped_steps: stop after so many steps in a row with a loss or gradient norm that is not finite.
     timeout_seconds: longest time that a step may take, and a tenth of what its first one, a validation or a
     save may take; then the run ends.
     run_id: what the checkpoints and metrics of this run are known by.
-    dp_replicate: replicas of the model; its shards lie over the ranks inside a replica.
-    reshard_after_forward: free a layer's gathered weights after its forward, or only when a step is over.
     mem_constraint: GiB of a device that nnScaler's autodist may use; our own plan is made before.
-    predicted_peak_gib: of a rank's tensors; compared with the measured peak in the end.
     """
 
-    recompute: str | int = "none"
+    layout: Layout = field(default_factory=Layout)
     deterministic: bool = False
     validate_first: bool = False
-    compile: bool = False
     async_save: bool = False
     max_skipped_steps: int = 3
     timeout_seconds: int = 600
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    dp_replicate: int = 1
-    reshard_after_forward: bool = True
     mem_constraint: float | None = None
-    predicted_peak_gib: float | None = None
 
 
 @dataclass
@@ -184,18 +203,21 @@ class TrainerArgs:
     seed: int = 0
 
     def __post_init__(self):
-        problems, micro = [], self.micro_batch_size
+        errors = []
         try:
-            sizes = self.global_batch_size, self.grad_accumulation_steps
-            sizes = derive_batch_sizes(micro, self.scaling_factor, *sizes)
-            self.global_batch_size, self.grad_accumulation_steps = sizes
-        except ValueError as error:
-            problems.append(str(error))
+            self.global_batch_size, self.grad_accumulation_steps = derive_batch_sizes(
+                self.micro_batch_size,
+                self.scaling_factor,
+                self.global_batch_size,
+                self.grad_accumulation_steps,
+            )
+        except UserError as error:
+            errors.append(error)
         for name, choices in (("precision", PRECISIONS), ("pas_policy", PAS_POLICIES)):
-            if getattr(self, name) not in choices:
-                problems.append(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if problems:
-            raise ValueError("\n".join(problems))
+            value = getattr(self, name)
+            if value not in choices:
+                errors.append(UserError(f"{name} is {value!r}", f"Choose one of {', '.join(choices)}"))
+        raise_together(errors)
 
     @property
     def scaling_factor(self) -> int:
@@ -206,19 +228,35 @@ class TrainerArgs:
 def derive_batch_sizes(
     micro: int, ranks: int, total: int | None, accumulation: int | None
 ) -> tuple[int, int]:
-    """The global batch and the accumulation, where either may be missing; ValueError if they do not agree."""
+    """Return the global batch and the accumulation, of which either may be None. Raises UserError.
+
+    micro: samples in one forward of a rank. ranks: data-parallel ones. total: samples in an optimizer step.
+    """
     samples = micro * ranks  # in one forward of every data-parallel rank
-    given = f"micro_batch_size {micro} x {ranks} data-parallel ranks"
-    accumulated = accumulation or (total // samples if total else 1)
-    if not total or total == samples * accumulated:
-        return samples * accumulated, accumulated
+    if total is None:
+        accumulation = accumulation or 1
+        return samples * accumulation, accumulation
     if total % samples:
-        fit = [n for n in range(1, total // ranks + 1) if total % (n * ranks) == 0]
-        near = sorted(sorted(fit, key=lambda n: abs(n - micro))[:2])
-        above = samples * (total // samples + 1)
-        more = f"a number of ranks that divides it, or global_batch_size {above}"
-        fix = f"micro_batch_size {' or '.join(map(str, near))}" if near else more
-        raise ValueError(f"{given} does not divide global_batch_size {total}: use {fix}")
-    given += f" x grad_accumulation_steps {accumulation} = {samples * accumulation}"
-    fix = f"leave grad_accumulation_steps out, or give global_batch_size {samples * accumulation}"
-    raise ValueError(f"{given} is not global_batch_size {total}: {fix}")
+        raise UserError(
+            f"micro_batch_size {micro} x {ranks} data-parallel ranks does not divide "
+            f"global_batch_size {total}",
+            _dividing_sizes(micro, ranks, total),
+        )
+    if accumulation is not None and total != samples * accumulation:
+        raise UserError(
+            f"micro_batch_size {micro} x {ranks} data-parallel ranks x grad_accumulation_steps "
+            f"{accumulation} = {samples * accumulation} is not global_batch_size {total}",
+            f"Leave grad_accumulation_steps out, or give global_batch_size {samples * accumulation}",
+        )
+    return total, total // samples
+
+
+def _dividing_sizes(micro: int, ranks: int, total: int) -> str:
+    """Return the fix with the two nearest micro-batches that divide the global batch, if there are any."""
+    sizes = [size for size in range(1, total // ranks + 1) if total % (size * ranks) == 0]
+    if not sizes:
+        above = micro * ranks * (total // (micro * ranks) + 1)
+        return f"Use a number of ranks that divides it, or global_batch_size {above}"
+    sizes.sort(key=lambda size: abs(size - micro))
+    nearest = " or ".join(str(size) for size in sorted(sizes[:2]))
+    return f"Use micro_batch_size {nearest}"

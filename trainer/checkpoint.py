@@ -2,7 +2,8 @@
 
 On disk: `<save_dir>/{epoch:04d}-{step:04d}/` with `manifest.json` and one safetensors shard per rank. A shard
 holds the rank's boxes of the global tensors, and its metadata says where each box lies. `last` and `best` are
-symbolic links. A validation's loss lies beside the folder, because it is known only after the save.
+symbolic links. A validation's loss lies beside the folder, because it is known only after the save. A loss
+that is not finite adds `.rejected` to the folder's name.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from errors import UserError
 from trainer.tensorfile import (
     Box,
     TensorFileError,
@@ -28,11 +30,13 @@ from trainer.tensorfile import (
 )
 
 MANIFEST = "manifest.json"
-NEEDED = "give a checkpoint folder, or a file from --merge_checkpoint"
+NAME_A_CHECKPOINT = "Name a checkpoint folder, or a file from --merge_checkpoint"
+USE_ANOTHER = "Use another checkpoint"
+REJECTED = ".rejected"  # follows the name of a checkpoint whose validation loss was not finite
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted; the message names the file and what is wrong."""
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the problem names the file."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,12 @@ def checkpoints(save_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
 
 
+def rejected_checkpoints(save_dir: Path) -> list[Path]:
+    """Return the checkpoints that were set aside because their validation loss was not finite."""
+    folders = save_dir.glob(f"*-*{REJECTED}*")
+    return sorted(folder for folder in folders if (folder / MANIFEST).is_file())
+
+
 def candidates(save_dir: Path, which: str) -> list[Path]:
     """The folders where 'last' or 'best' may be found, in the order in which to try them.
 
@@ -83,16 +93,20 @@ def candidates(save_dir: Path, which: str) -> list[Path]:
     if named.is_symlink():
         named = save_dir / named.readlink()
         if named.parent.resolve() != save_dir.resolve():
-            fix = f"--resume_from={named.resolve()} resumes it"
-            raise CheckpointError(f"{save_dir / which} leads to a checkpoint of another folder: {fix}")
+            raise CheckpointError(
+                f"{save_dir / which} leads to a checkpoint of another folder",
+                f"Resume it with --resume_from={named.resolve()}",
+            )
     if which == "last":
         # A run that ended with broken weights left them newer than `last`: try these at the end.
         others, limit = [path for path in found if path != named], step_of(named)
         others.sort(key=lambda path: 0 <= limit < step_of(path))
         return [*([named] if named.is_dir() else []), *others]
     if found and not named.is_dir():
-        fix = "resume from 'last', or name one of them"
-        raise CheckpointError(f"{save_dir} holds {found[0].name} and others, but no '{which}': {fix}")
+        raise CheckpointError(
+            f"{save_dir} holds {found[0].name} and others, but no '{which}'",
+            "Resume from 'last', or name one of them",
+        )
     return [named] if named.is_dir() else []
 
 
@@ -118,17 +132,23 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text())
         body, checksum = {"state": manifest["state"], "files": manifest["files"]}, manifest["checksum"]
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no checkpoint, it has no {MANIFEST}: {NEEDED}") from None
+        raise CheckpointError(
+            f"{folder} is not a checkpoint ({MANIFEST} is missing)", NAME_A_CHECKPOINT
+        ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} was damaged after it was saved: {error!r}") from None
+        raise CheckpointError(f"{path} was damaged after it was saved: {error!r}", USE_ANOTHER) from None
     if json_digest(body) != checksum:
-        raise CheckpointError(f"{path} does not match its own checksum: it was altered after it was saved")
+        raise CheckpointError(
+            f"{path} does not match its own checksum: it was altered after it was saved", USE_ANOTHER
+        )
     for name, entry in body["files"].items():
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise CheckpointError(f"{path} names {name!r}, which is not a file beside it", USE_ANOTHER)
         file, saved = folder / name, entry["size"]
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing: the checkpoint is not whole")
+            raise CheckpointError(f"{file} is missing: the checkpoint is not whole", USE_ANOTHER)
         if (size := file.stat().st_size) != saved:
-            raise CheckpointError(f"{file} has {size} bytes, {saved} were saved: it was damaged")
+            raise CheckpointError(f"{file} has {size} bytes, and {saved} were saved", USE_ANOTHER)
     return body
 
 
@@ -166,8 +186,10 @@ class Checkpoint:
             return cls._open_folder(path) if path.is_dir() else cls._open_merged(path)
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{path} is no checkpoint, or damaged ({error}): {NEEDED}") from None
+        except (TensorFileError, ValueError, KeyError, TypeError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is not a checkpoint, or is damaged: {error}", NAME_A_CHECKPOINT
+            ) from None
 
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
@@ -185,17 +207,17 @@ class Checkpoint:
                     # A box that several ranks hold (replicas) counts once.
                     opened.boxes.setdefault(key, {})[Box(tuple(offsets), held_shape)] = reader
             except (KeyError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{file} is damaged: its header makes no sense ({error!r})") from None
+                raise CheckpointError(f"the header of {file} is damaged: {error!r}", USE_ANOTHER) from None
         return opened
 
     @classmethod
     def _open_merged(cls, path: Path) -> "Checkpoint":
         reader = TensorFileReader(path)
         if "state" not in reader.metadata:
-            raise CheckpointError(f"{path} holds no training state: {NEEDED}")
+            raise CheckpointError(f"{path} holds no training state", NAME_A_CHECKPOINT)
         state, digests = json.loads(reader.metadata["state"]), json.loads(reader.metadata["digests"])
         if json_digest(state) != reader.metadata.get("state_digest") or set(digests) != set(reader.tensors):
-            raise CheckpointError(f"{path}: its metadata was altered: merge the checkpoint again")
+            raise CheckpointError(f"the metadata of {path} was altered", "Merge the checkpoint again")
         opened = cls(path, state, val_loss=state.get("val_loss"))
         for name, digest in sorted(digests.items()):
             opened._add_whole(name, reader)
@@ -222,9 +244,9 @@ class Checkpoint:
             try:
                 found = compute()
             except OSError as error:
-                raise CheckpointError(f"{what} cannot be read: {error}") from None
+                raise CheckpointError(f"{what} cannot be read: {error}", USE_ANOTHER) from None
             if found != expected:
-                raise CheckpointError(f"{what} does not match its checksum, it was damaged: use another")
+                raise CheckpointError(f"{what} does not match its checksum", USE_ANOTHER)
 
     def read(self, name: str, box: Box | None = None, out=None, expected: tuple | None = None):
         """Copies a box of the tensor (default: all of it) into `out`, or into a new tensor on the CPU.
@@ -232,11 +254,13 @@ class Checkpoint:
         Raises CheckpointError if it is not all there, or if the whole tensor's shape is not the expected one.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {name}: give the flags of its model")
+            raise CheckpointError(f"{self.path} holds no tensor {name}", "Give the flags of its model")
         dtype, shape = self.tensors[name]
         if expected not in (None, shape):
-            wanted = f"this model's is {expected}: give the same model flags"
-            raise CheckpointError(f"{self.path}: {name} has shape {shape}, {wanted}")
+            raise CheckpointError(
+                f"{name} in {self.path} has shape {shape}, and this model's has shape {expected}",
+                "Give the flags of the checkpoint's model",
+            )
         box = box or Box.whole(shape)
         out = torch.empty(box.shape, dtype=dtype) if out is None else out
         missing = box.size
@@ -246,8 +270,9 @@ class Checkpoint:
                 out[common.inside(box)].copy_(reader.read(name, common.inside(held)))
                 missing -= common.size
         if missing:
-            lack = f"{missing} of {box.size} elements of tensor {name} are missing"
-            raise CheckpointError(f"{self.path}: {lack}")
+            raise CheckpointError(
+                f"{self.path} lacks {missing} of {box.size} elements of tensor {name}", USE_ANOTHER
+            )
         return out
 
     def digests(self, part: int = 0, parts: int = 1) -> dict[str, str]:
@@ -258,8 +283,11 @@ class Checkpoint:
     def check_frozen(self, digest: str) -> None:
         """Raises CheckpointError if the weights that this adapter belongs to have another checksum."""
         if self.state.get("frozen") != digest:
-            was = f"{self.path} was trained beside the frozen weights of {self.state['config']['model_id']}"
-            raise CheckpointError(f"{was}, which are others now: give the --model_id of the same weights")
+            model_id = self.state["config"]["model_id"]
+            raise CheckpointError(
+                f"{self.path} was trained on base weights that differ from the current {model_id}",
+                "Give the --model_id of the same weights",
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -279,8 +307,9 @@ class Checkpoint:
         checksum. An earlier merged file is replaced; anything else is not.
         """
         if out_file.exists() and not _is_merged(out_file):
-            fix = "give another --output_path"
-            raise CheckpointError(f"{out_file} is there, and no merged checkpoint: {fix}")
+            raise CheckpointError(
+                f"{out_file} exists and is not a merged checkpoint", "Give another --output_path"
+            )
         self.verify()
         state = {**self.state, "val_loss": self.val_loss}
         metadata = {"state": json.dumps(state), "state_digest": json_digest(state)}

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from errors import UserError
 from trainer import machine
 
 
@@ -42,7 +43,7 @@ CUDA_NAMES = {
 
 
 def parse_device(text: str, node_ranks: int = 1) -> Device:
-    """A device by its name in the table, or as GiB:TFLOPS:GBps[:link GBps]. Raises ValueError."""
+    """A device by its name in the table, or as GiB:TFLOPS:GBps[:link GBps]. Raises UserError."""
     text = text.lower()
     if text == "cpu":  # this machine
         return at_hand(torch.device("cpu"), node_ranks)
@@ -54,8 +55,10 @@ def parse_device(text: str, node_ranks: int = 1) -> Device:
     except (ValueError, TypeError):
         numbers = []
     if not 3 <= len(numbers) <= 4 or not all(0 < number < float("inf") for number in numbers):
-        known = ", ".join(DEVICES)
-        raise ValueError(f"{text} is no known device: give one of {known}, or GiB:TFLOPS:GBps[:link GBps]")
+        raise UserError(
+            f"--device_type={text} is not a device of the table",
+            f"Give one of {', '.join(DEVICES)}, or GiB:TFLOPS:GBps[:link GBps]",
+        )
     return device
 
 

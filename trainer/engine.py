@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from errors import UserError
 from trainer import ranks
 from trainer.checkpoint import Checkpoint, CheckpointError, candidates, checkpoints
 from trainer.nnscaler_engine.files import NnScalerCheckpoint, is_nnscaler
@@ -19,34 +20,45 @@ INSTALLATION = "https://nnscaler.readthedocs.io/en/latest/installation.html"
 
 
 def choose(engine: str, adapter: bool = False, partition: str = "") -> str:
-    """Turns --engine into 'nnscaler' or 'native' and logs the reason; ValueError if nnScaler cannot run.
+    """Turns --engine into 'nnscaler' or 'native' and logs the reason; UserError if nnScaler cannot run.
 
     adapter: an adapter is trained, and not the whole model. partition: the flags that only nnScaler knows.
     """
     missing = None if engine == "native" else _missing_for_nnscaler(adapter)
     if engine == "nnscaler" and missing:
-        raise ValueError(f"--engine=nnscaler: {missing}, or use --engine=native")
+        raise UserError(
+            f"--engine=nnscaler cannot run: {missing.problem}", f"{missing.fix}, or use --engine=native"
+        )
     name = "native" if engine == "native" or missing else "nnscaler"
-    found = missing.split(":")[0] if missing else "nnScaler and CUDA are there"
-    logger.info("engine: %s (%s)", name, found if engine == "auto" else f"--engine={engine}")
+    reason = f"--engine={engine}"
+    if engine == "auto":
+        reason = missing.problem if missing else "nnScaler and CUDA are there"
+    logger.info("engine: %s (%s)", name, reason)
     if name == "native" and partition:
-        why = "only nnScaler partitions a model, our engine shards it over all ranks"
-        raise ValueError(f"{partition}: {why}: leave it out, or use --engine=nnscaler")
+        raise UserError(
+            f"{partition} needs nnScaler: our engine does not partition a model, it shards it",
+            "Leave it out, or use --engine=nnscaler",
+        )
     return name
 
 
-def _missing_for_nnscaler(adapter: bool) -> str | None:
-    """What nnScaler lacks here, and the fix."""
+def _missing_for_nnscaler(adapter: bool) -> UserError | None:
+    """Return why nnScaler cannot run, with the fix; None: it can."""
     if adapter:
-        return "nnScaler trains no adapters: leave --lora_rank out"
+        return UserError("nnScaler trains no adapters", "Leave --lora_rank out")
     if importlib.util.find_spec("nnscaler") is None:
-        return f"nnScaler is not installed: see {INSTALLATION} (release 0.8, with requirements-nnscaler.txt)"
-    found = importlib.metadata.version("transformers")
-    if not f"{found}.".startswith(f"{TRANSFORMERS_VERSION}."):
-        fix = "pip install -r requirements-nnscaler.txt"
-        return f"nnScaler runs with transformers {TRANSFORMERS_VERSION}, not {found}: {fix}"
+        return UserError(
+            "nnScaler is not installed",
+            f"Install release 0.8 with requirements-nnscaler.txt ({INSTALLATION})",
+        )
+    version = importlib.metadata.version("transformers")
+    if not f"{version}.".startswith(f"{TRANSFORMERS_VERSION}."):
+        return UserError(
+            f"nnScaler runs with transformers {TRANSFORMERS_VERSION}, not {version}",
+            "Run `pip install -r requirements-nnscaler.txt`",
+        )
     if torch.cuda.device_count() == 0:
-        return "nnScaler needs CUDA, and there is no CUDA device: run where torch finds one"
+        return UserError("nnScaler needs CUDA, and there is no CUDA device", "Run where torch finds one")
     return None
 
 
@@ -66,15 +78,19 @@ def open_checkpoint(path: Path):
     `parameters()` (names and tensors, one at a time).
     """
     if not path.exists():
-        fix = "train first, or name a merged file or folder (--output_path is where a result goes)"
-        if found := checkpoints(path.parent):
-            fix = f"name one that is there, such as {found[0]}"
-        raise CheckpointError(f"there is no checkpoint {path}: {fix}")
-    if found := checkpoints(path):
-        fix = f"name one of them, such as {found[0]}, or 'last' with --save_dir={path}"
-        raise CheckpointError(f"{path} is a folder of checkpoints: {fix}")
+        fix = "Train first, or name a merged file or folder (--output_path is where a result goes)"
+        siblings = checkpoints(path.parent)
+        if siblings:
+            fix = f"Name one that is there, such as {siblings[0]}"
+        raise CheckpointError(f"there is no checkpoint {path}", fix)
+    inside = checkpoints(path)
+    if inside:
+        raise CheckpointError(
+            f"{path} is a folder of checkpoints",
+            f"Name one of them, such as {inside[0]}, or 'last' with --save_dir={path}",
+        )
     if (path / "config.json").exists():
-        raise CheckpointError(f"{path} is a model, no checkpoint: --model_id={path} starts from it")
+        raise CheckpointError(f"{path} is a model, not a checkpoint", f"Start from it with --model_id={path}")
     return NnScalerCheckpoint(path) if is_nnscaler(path) else Checkpoint.open(path)
 
 
@@ -88,7 +104,7 @@ def open_resumed(wanted: str | None, save_dir: str, engine: str):
     problem = None
     for path in ranks.by_first_rank(_resume_paths, wanted, Path(save_dir), engine):
         if problem and dist.get_rank() == 0:
-            logger.warning("WARNING: %s. Falling back to %s", problem, path)
+            logger.warning("%s. Falling back to %s", problem.problem, path)
         try:
             return ranks.together(_open_verified, path)
         except CheckpointError as error:
@@ -109,8 +125,10 @@ def _resume_paths(wanted: str | None, save_dir: Path, engine: str) -> list[Path]
             paths.insert(0, link)  # it is refused with a reason
     for path in paths:
         if path.exists() and is_nnscaler(path) != (engine == "nnscaler"):
-            fix = "resume with that engine, or start from its weights (--export_hf, then --model_id)"
-            raise CheckpointError(f"the other engine wrote {path}, not --engine={engine}: {fix}")
+            raise CheckpointError(
+                f"the other engine wrote {path}, not --engine={engine}",
+                "Resume with that engine, or start from its weights (--export_hf, then --model_id)",
+            )
     return paths
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from errors import UserError
 from trainer.folders import FLAGS_FILE, contents, set_aside
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def log_save(path: Path, blocked_seconds: float, total_seconds: float, step_seco
     allowed = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     if needed > allowed and "TORCHELASTIC_RUN_ID" in os.environ:
         logger.warning(
-            "WARNING: a step and a save take %.0f s, but torchrun kills its ranks %.0f s after SIGTERM: use "
+            "a step and a save take %.0f s, but torchrun kills its ranks %.0f s after SIGTERM: use "
             "torchrun --shutdown_timeout=%d (a TORCH_ELASTIC_SHUTDOWN_TIMEOUT as high silences this)",
             *(needed, allowed, math.ceil(3 * needed)),
         )
@@ -89,8 +90,9 @@ class Progress:
             line = f"Epoch {metrics['epoch']}: {step}/{self.last_step} train_loss={loss}, {numbers}"
             logger.info("%s%s", line, left and f", {left} left")
         if skipped := metrics.get("skipped_samples"):
-            what = f"step {step} is not finite: its update is skipped; its samples were {skipped}"
-            logger.warning("WARNING: %s", what)
+            logger.warning(
+                "step %d: non-finite loss or gradient norm; update skipped (samples %s)", step, skipped
+            )
         if not to_do:
             self.finalize()  # what comes after the last step stands below the bar
 
@@ -110,8 +112,9 @@ class JsonlLogger:
     def setup(self, run_id: str, parents: list[list], branched: bool) -> None:
         """Opens the file for this run, whose parents are [run, step] of each run before it, up to which step.
 
-        Another run's folder is set aside. Lines after the resumed step are dropped, because they come again;
-        branched: other ones come in their place, so the file is set aside as it was.
+        Another run's folder is set aside. Lines after the resumed step are dropped, because they come again,
+        and so is its validation, if that was not finite; branched: other ones come in their place, so the
+        file is set aside as it was.
         """
         folder, step = self.path.parent, parents[-1][1] if parents else 0
         reported = run_id
@@ -122,7 +125,7 @@ class JsonlLogger:
                 set_aside(folder, contents(folder))
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
+        kept = [line for line in lines if _step(line) <= step and not _is_rejected(line, step)]
         # A resume may repeat a validation that was logged but not recorded with the checkpoint.
         self._known = {(step, *json.loads(line)) for line in kept if _step(line) == step}
         if len(kept) < len(lines):
@@ -167,6 +170,13 @@ class JsonlLogger:
         self._file.close()
 
 
+def _is_rejected(line: str, step: int) -> bool:
+    """Return whether the line is that step's validation, which was not finite: a resume repeats it."""
+    if _step(line) != step:
+        return False
+    return json.loads(line).get("val_loss", 0.0) is None
+
+
 def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
@@ -207,7 +217,7 @@ class _Remote:
             action(*args, **options)
         except Exception as error:
             self._broken = True
-            logger.warning("WARNING: %s reports no more: %s", type(self).__name__, error)
+            logger.warning("%s disabled after an error: %s", type(self).__name__, error)
 
 
 class WandbLogger(_Remote):
@@ -258,13 +268,15 @@ def _reported(log_dir: Path) -> str:
 
 
 def _started(library: str, init: Callable, **options):
-    """init(**options); what the library raises becomes a ValueError, which ends all ranks."""
+    """init(**options); what the library raises becomes a UserError, which ends all ranks."""
     try:
         return init(**options)
     except Exception as error:
-        what = str(error).split("\n")[0] or type(error).__name__
-        fix = "see to its login or its offline mode, or leave it out of --report_to"
-        raise ValueError(f"{library} does not start ({what}): {fix}") from error
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{library}.init failed: {reason}",
+            f"Log in, set its offline mode (WANDB_MODE=offline), or leave {library} out of --report_to",
+        ) from error
 
 
 REPORTERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger, "trackio": TrackioLogger}

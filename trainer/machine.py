@@ -151,7 +151,7 @@ def provide_home() -> None:
         folder = Path(tempfile.mkdtemp(prefix="train-home-"))
     os.environ["HOME"] = str(folder)
     os.environ.setdefault("USER", str(os.getuid()))  # libraries name their caches by it
-    logger.warning("WARNING: user id %d has no home folder: caches go to %s", os.getuid(), folder)
+    logger.warning("user id %d has no home folder: caches go to %s", os.getuid(), folder)
 
 
 def _home_exists() -> bool:

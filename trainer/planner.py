@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
+from errors import UserError
 from trainer import measure
 from trainer.devices import Device
 
@@ -105,18 +106,24 @@ def choose(run: Run, measure_now: bool = True) -> Plan:
 
 
 def check_state(run: Run, name: str) -> None:
-    """Raises ValueError if weights, gradients and optimizer alone exceed a device."""
+    """Raises UserError if weights, gradients and optimizer alone exceed a device."""
     shards = run.ranks // run.pinned.get("dp_replicate", 1)
     needed, has = state(run, shards) / GIB, run.device.memory_gib
     if needed > has:
-        what = f"{name}: weights, gradients and AdamW take {needed:.1f} GiB on each of {run.ranks} devices"
-        raise ValueError(f"{what}, which have {has:.1f}: use {what_would_fit(run)}")
+        raise UserError(
+            f"{name} does not fit: weights, gradients and AdamW take {needed:.1f} GiB on each of {run.ranks} "
+            f"devices, which have {has:.1f} GiB",
+            f"Use {what_would_fit(run)}",
+        )
 
 
 def refuse(run: Run, plan: Plan) -> None:
-    """Raises ValueError, as the plan with the least memory does not fit."""
-    needed = f"the smallest plan needs {plan.predicted_peak_gib:.1f} GiB of {run.limit_gib:.1f}"
-    raise ValueError(f"{needed} (--mem_constraint): use {what_would_fit(run)}")
+    """Raises UserError, as the plan with the least memory does not fit."""
+    raise UserError(
+        f"no plan fits: the smallest needs {plan.predicted_peak_gib:.1f} GiB, and {run.limit_gib:.1f} GiB "
+        "are allowed (--mem_constraint)",
+        f"Use {what_would_fit(run)}",
+    )
 
 
 def _why(run: Run, plan: Plan, best: Plan | None) -> str:

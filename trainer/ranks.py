@@ -1,7 +1,6 @@
 """The ranks of a run: they join, compare what they run, fail together, and watch for signals and hangs."""
 
 import contextlib
-import ctypes
 import itertools
 import os
 import signal
@@ -15,9 +14,7 @@ import torch.distributed as dist
 
 from errors import TrainingFailed, UserError
 from trainer import parallel
-from trainer.ending import complain
-
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+from trainer.ending import complain, end_with_torchrun
 
 
 @contextlib.contextmanager
@@ -41,9 +38,7 @@ def process_group(timeout_seconds: int = 600) -> Iterator[None]:
         finally:
             dist.destroy_process_group()
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # If torchrun is killed, its ranks must save and leave: else they train on beside whoever resumes.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_torchrun()
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         # After a restart, torchrun's store still holds the addresses of the ranks that died: use new
@@ -61,7 +56,7 @@ def together(action: Callable, *args, group=None):
     result, told = None, None
     try:
         result = action(*args)
-    except (UserError, ValueError, OSError, TrainingFailed) as error:
+    except (UserError, OSError, TrainingFailed) as error:
         told = error
     gathered(told, group)
     return result
@@ -84,13 +79,15 @@ def by_first_rank(action: Callable, *args, group=None):
 
 
 def compare(mine: dict) -> None:
-    """Raises the same ValueError on all ranks if a value differs from rank 0's."""
+    """Raises the same UserError on all ranks if a value differs from rank 0's."""
     found = gathered((os.uname().nodename, mine))
     for rank, (node, values) in enumerate(found):
         for name, first in found[0][1].items():
             if values.get(name) != first:
-                what = f"rank {rank} on {node} has {name} {values.get(name)!r}, rank 0 has {first!r}"
-                raise ValueError(f"{what}: start every node with the same command, data and checkpoints")
+                raise UserError(
+                    f"rank {rank} on {node} has {name} {values.get(name)!r}, rank 0 has {first!r}",
+                    "Start every node with the same command, data and checkpoints",
+                )
 
 
 class Watchdog:

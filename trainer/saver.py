@@ -112,21 +112,47 @@ class Saver:
             if path.resolve() not in named:
                 folders.remove(path)
 
-    def retreat(self, discard: bool = False) -> None:
-        """The newest checkpoint proved bad: `last` names the good one again, if there is one here.
+    def retreat(self) -> None:
+        """Let `last` name the good checkpoint again, if it lies here: the steps from the newest failed."""
+        self.wait()
+        if self.is_first and self._is_here(self.newest) and self._is_here(self.good):
+            folders.swap_link(self.save_dir, "last", self.good.name)
 
-        discard: delete the newest; it needs no good one then.
+    def reject(self) -> Path | None:
+        """Set the newest checkpoint aside, as its validation loss is not finite; return its new path.
+
+        Return None, and touch nothing, if a step has succeeded from it, if an earlier validation of it was
+        finite, or if it is not a checkpoint of save_dir. All ranks call this.
         """
         self.wait()
-        here = self.newest and self.newest.resolve().parent == self.save_dir.resolve()
-        if here and self.is_first:
-            if self.good and self.good.parent == self.newest.resolve().parent:
-                folders.swap_link(self.save_dir, "last", self.good.name)
-            elif discard:
-                (self.save_dir / "last").unlink()
-            if discard:
-                folders.remove(self.newest)
-        self.newest = None if discard else self.newest
+        rejected, self.good = ranks.by_first_rank(self._set_newest_aside, group=self.group)
+        if rejected:
+            self.newest = None
+        return rejected
+
+    def _set_newest_aside(self) -> tuple[Path | None, Path | None]:
+        """Return the rejected checkpoint's path and the good one's.
+
+        `last` moves first: a kill before the renaming leaves two whole checkpoints.
+        """
+        newest = self.newest
+        if not self._is_here(newest) or checkpoint.step_of(newest) < 0:
+            return None, self.good
+        if checkpoint.read_validation(newest) is not None:
+            return None, self.good
+        good = self.good
+        if not self._is_here(good):
+            older = [path.resolve() for path in self._up_to(newest) if path.resolve() != newest.resolve()]
+            good = next(iter(older), good)  # a later save proved it
+        if self._is_here(good):
+            folders.swap_link(self.save_dir, "last", good.name)
+        else:
+            (self.save_dir / "last").unlink(missing_ok=True)
+        sync_folder(self.save_dir)
+        return folders.reject(self.save_dir / newest.name), good
+
+    def _is_here(self, path: Path | None) -> bool:
+        return path is not None and path.resolve().parent == self.save_dir.resolve()
 
     def last_good(self) -> str:
         """Says which checkpoint to continue from."""

@@ -42,8 +42,16 @@ def build_model(
 ) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
     """The sharded model, and the name of each parameter in checkpoints."""
     model = args.model.type(**args.model.args)
-    layout = (options.recompute, options.compile, options.dp_replicate, options.reshard_after_forward)
-    parallel.parallelize(model, device, args.precision, *layout)
+    layout = options.layout
+    parallel.parallelize(
+        model,
+        device,
+        args.precision,
+        layout.recompute,
+        layout.compile,
+        layout.dp_replicate,
+        layout.reshard_after_forward,
+    )
     return model, ranks.together(fill_weights, model, resumed)
 
 
@@ -92,8 +100,10 @@ def _fill(model: torch.nn.Module, names: dict, source: Checkpoint | None, prefix
     tensors = source.tensors if source else {}
     held = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
     if surplus := sorted(held - set(names.values())):
-        what = f"{source.path} holds {surplus[0]}, which this model lacks ({len(surplus)} such tensors)"
-        raise CheckpointError(f"{what}: give the flags of its model, or none")
+        raise CheckpointError(
+            f"{source.path} holds {surplus[0]}, which this model lacks ({len(surplus)} such tensors)",
+            "Give the flags of its model, or none",
+        )
     for parameter, name in names.items():
         box, out = parallel.local_box(parameter), parallel.local(parameter)
         if source:
@@ -138,4 +148,4 @@ def set_rng_state(text: str) -> None:
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
     elif torch.cuda.is_available():
-        logger.warning("WARNING: a CPU saved the checkpoint: CUDA's random numbers start from the seed")
+        logger.warning("a CPU saved the checkpoint: CUDA's random numbers start from the seed")

@@ -17,12 +17,14 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as DTYPES
 
+from errors import UserError
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = 2**22  # what is written is still in the core's cache when it is hashed
 
 
-class TensorFileError(ValueError):
-    """A file that is not a whole safetensors file; the message names it."""
+class TensorFileError(UserError):
+    """A file that is not a whole safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class TensorFileReader:
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
             self.tensors = {name: (DTYPES[s.get_dtype()], tuple(s.get_shape())) for name, s in slices.items()}
         except (SafetensorError, OSError, KeyError) as error:
-            raise TensorFileError(f"{path} is not a whole safetensors file: {error}") from None
+            raise TensorFileError(
+                f"{path} is not a whole safetensors file: {error}", "Download or save it again"
+            ) from None
 
     def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
         """The tensor or a part, on the CPU. It shares the file's mapping: copy it to keep or change it."""

@@ -7,14 +7,14 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from errors import TrainingFailed
+from errors import TrainingFailed, UserError
 from trainer import devices, folders, parallel, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName, lineage
@@ -45,12 +45,15 @@ class TrainState:
 class Trainer:
     """Runs TrainerArgs on every rank that torchrun started, or on a single one without it.
 
-    Raises ValueError for what the user can fix before training, TrainingFailed if the run breaks down.
+    Raises UserError for what the user can mend before training, TrainingFailed if the run breaks down.
     """
 
     def __init__(self, *, train_args: TrainerArgs, options: NativeOptions | None = None):
         if train_args.compute_config.plan_ngpus != 1:
-            raise ValueError("compute_config.plan_ngpus must be 1: our engine shards the model instead")
+            raise UserError(
+                f"compute_config.plan_ngpus must be 1 (got {train_args.compute_config.plan_ngpus})",
+                "Leave it out: our engine shards the model over all ranks",
+            )
         self.args, self.options = train_args, options or NativeOptions()
         self.device = parallel.pick_device()
         self.kind = devices.of(self.device)
@@ -88,7 +91,10 @@ class Trainer:
         """Builds the model with its weights and opens the datasets: all that validation needs."""
         args, self.rank, self.world_size = self.args, dist.get_rank(), dist.get_world_size()
         if (wanted := args.compute_config.runtime_ngpus) != self.world_size:
-            raise ValueError(f"compute_config.runtime_ngpus is {wanted}, but {self.world_size} ranks run")
+            raise UserError(
+                f"compute_config.runtime_ngpus is {wanted}, and {self.world_size} ranks run",
+                "Give the number of ranks",
+            )
         setup.seed_everything(args.seed, self.options.deterministic)
         self.memory_before_gib = peak_memory_gib(self.device)
         data = args.dataset
@@ -129,7 +135,7 @@ class Trainer:
         self.loggers = [config.type(**config.args) for config in self.args.log]
         for log in self.loggers:
             log.setup(self.options.run_id, self.parents, branched=bool(replaced) or not home)
-        folders.make_room(self.save_dir, home, replaced)
+        folders.make_room(self.save_dir, home, replaced, self.resumed)
         if hook := self.args.hook.on_train_start:
             hook(self)
         return home
@@ -137,8 +143,10 @@ class Trainer:
     def _restore(self) -> None:
         source, seed = self.resumed, self.args.seed
         if "updates" not in source.state:
-            fix = "start from its weights (--export_hf, then --model_id)"
-            raise CheckpointError(f"an earlier version of this program wrote {source.path}: {fix}")
+            raise CheckpointError(
+                f"an earlier version of this program wrote {source.path}",
+                "Start from its weights (--export_hf, then --model_id)",
+            )
         self.state = TrainState.from_dict(source.state)
         ranks.together(setup.restore_optimizer, source, self.optimizer, self.names, self.state.updates)
         if len(source.rng) == self.world_size:
@@ -146,7 +154,7 @@ class Trainer:
         source.boxes.clear()  # unmaps the files: pruning them frees their space
         source.checks.clear()
         if (before := source.state["seed"]) != seed:
-            logger.warning("WARNING: the seed was %s, now %s: the order of the samples changes", before, seed)
+            logger.warning("the seed was %s, now %s: the order of the samples changes", before, seed)
         step, samples = self.state.step, self.state.samples
         logger.info("resumed from %s: step %d, %d samples seen", source.path, step, samples)
 
@@ -216,7 +224,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss_sum, targets, tokens = 0.0, 0, 0
         for batch in micro_batches:
-            if not self.options.reshard_after_forward:  # the weights change after the last one
+            if not self.options.layout.reshard_after_forward:  # the weights change after the last one
                 self.model.set_reshard_after_backward(batch is micro_batches[-1])
             loss, detached, count = self.model(batch)
             loss.backward()  # FSDP sums the gradients over the ranks
@@ -324,11 +332,25 @@ class Trainer:
         metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss)}
         self._log(metrics, "val")
         if not math.isfinite(val_loss):
-            self.saver.retreat(discard=True)
-            what = f"the validation loss of step {self.state.step} is {val_loss}, so that step does not count"
-            raise TrainingFailed(f"{what}: {self.saver.last_good()}")
+            self._end_on_a_bad_validation(val_loss)
         if saved and self.rank == 0:
             self.saver.record_validation(saved, val_loss)
+
+    def _end_on_a_bad_validation(self, val_loss: float) -> None:
+        """Set the checkpoint aside. Nothing is deleted: this node may compute wrongly."""
+        step = self.state.step
+        rejected = self.saver.reject()
+        last_good = self.saver.last_good()
+        if rejected is None:
+            raise TrainingFailed(
+                f"the validation loss at step {step} is {val_loss}, and no checkpoint was moved; "
+                f"{last_good}. A bad node may be the cause: try another one"
+            )
+        raise TrainingFailed(
+            f"the validation loss at step {step} is {val_loss}, so the checkpoint was moved to {rejected}; "
+            f"{last_good}. A bad node may be the cause: --resume_from={rejected} validates the checkpoint "
+            "again and continues from it"
+        )
 
     def _validate_before_the_first_step(self) -> None:
         if self._validation_is_missing():
@@ -346,6 +368,7 @@ class Trainer:
         state = {**vars(self.state), "epoch": name.epoch, "validation_due": validation_due, "seed": args.seed}
         state |= {"world_size": self.world_size, "global_batch_size": args.global_batch_size}
         state |= {"run": self.options.run_id, "parents": self.parents}
+        state["layout"] = asdict(self.options.layout)
         state |= {"frozen": self.frozen} if self.frozen else {}
         if hook := args.hook.on_save_checkpoint:
             hook(self, state)

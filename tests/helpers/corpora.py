@@ -3,10 +3,13 @@
 import contextlib
 import functools
 import json
+import os
 import random
 import resource
+import tempfile
 from pathlib import Path
 
+from filelock import FileLock
 from helpers.runs import WORDS, small_tokenizer
 
 
@@ -14,7 +17,11 @@ from helpers.runs import WORDS, small_tokenizer
 def real_tokenizer(name: str):
     from llama3.assets import load_tokenizer
 
-    return small_tokenizer() if name == "small" else load_tokenizer(name)
+    if name == "small":
+        return small_tokenizer()
+    # The first use of SmolLM2 converts its packaged weights: one of pytest-xdist's workers does it for all.
+    with FileLock(Path(tempfile.gettempdir(), f"llama3-tests-{os.getuid()}.lock")):
+        return load_tokenizer(name)
 
 
 def make_texts(count: int, seed: int = 0, most: int = 120) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from helpers.runs import import_all
 
 import train
-from cli.flags import parse_args
+from cli.config import parse
 from trainer import parallel, ranks
 
 
@@ -40,7 +40,7 @@ import_all()
 if task == "setup":  # a run up to its first step: weights, optimizer, what is resumed
     with ranks.process_group():
         peak = watch()
-        job, _ = train.build_trainer(parse_args(flags))
+        job, _ = train.build_trainer(parse(flags))
         job.build()
         job.prepare_training()
         result = {"peak_bytes": peak()}

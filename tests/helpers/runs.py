@@ -1,20 +1,21 @@
 """Starts train.py as a user would, reads and compares what it leaves, and makes a tiny model and text."""
 
+import contextlib
 import importlib
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from helpers.forks import ROOT, Fork, Ranks, environment, start_process
+
 HELPERS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # what the scripts beside this file need
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # four ranks fit two cores
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 WORDS = (
     "the state of the union is strong and the people of these states are at peace with all nations while "
@@ -28,33 +29,54 @@ CHATML = (
 EXACT = ("epoch", "train_loss", "lr", "gnorm", "tokens")
 
 
-def launcher(ranks: int) -> list[str]:
-    """What python starts a script with on so many ranks; torchrun takes a free port."""
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+def launcher(ranks: int, *options: str) -> list[str]:
+    """Return the command with which torchrun starts so many ranks; without options, on a free port."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, *(options or ["--standalone"]), f"--nproc_per_node={ranks}"]
 
 
-TWO_RANKS = launcher(2)
+def python(*argv, timeout=600, check=True, ranks=None, real=False, **options) -> subprocess.CompletedProcess:
+    """Run `python ARGV...` in the project's root, or `torchrun ARGV...` on so many ranks; return its end.
 
-
-def environment(**extra: str) -> dict[str, str]:
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    clean = {k: v for k, v in os.environ.items() if k not in ranks and not k.startswith("TORCHELASTIC")}
-    return {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
-
-
-def python(*argv, timeout=300, check=True, preexec_fn=None, **env) -> subprocess.CompletedProcess:
-    """`python ARGV...` in the project's root, as a user would start it."""
-    command = [sys.executable, *map(str, argv)]
-    options = dict(cwd=ROOT, env=environment(**env), timeout=timeout, preexec_fn=preexec_fn)
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    said = f"{command} exited with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    assert not check or done.returncode == 0, said
+    It is forked from a process that has imported everything. real: start an interpreter, or torchrun itself.
+    Options are the text for its input (input), its folder (cwd), the largest file that it may write
+    (file_size), and variables of its environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = (Path(folder, name) for name in ("stdout", "stderr"))
+        process = start(argv, stdout, stderr, ranks=ranks, real=real, **options)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        texts = [path.read_text(errors="replace") for path in (stdout, stderr)]
+    done = subprocess.CompletedProcess(process.args, code, *texts)
+    ends = f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert not check or done.returncode == 0, f"{done.args} exited with {done.returncode}:\n{ends}"
     return done
 
 
 def torchrun(ranks: int, *argv, **options) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node=RANKS ARGV...`"""
-    return python(*launcher(ranks), *argv, **options)
+    """Run `torchrun --nproc_per_node=RANKS ARGV...`, as `python` does."""
+    return python(*argv, ranks=ranks, **options)
+
+
+def start(argv, stdout: Path, stderr: Path, ranks=None, real=False, input="", cwd=ROOT, file_size=0, **env):
+    """Start what `python` runs: a subprocess.Popen, or a fork with its interface."""
+    env = environment(**env)
+    stdin = Path(os.devnull)
+    if input:
+        stdin = stdout.with_name("stdin")
+        stdin.write_text(input)
+    if not real and not env["CUDA_VISIBLE_DEVICES"]:  # CUDA itself is never forked
+        options = dict(stdin=stdin, cwd=str(cwd), file_size=file_size)
+        if ranks is None:
+            return Fork(argv, env, stdout, stderr, **options)
+        return Ranks(ranks, argv, env, stdout, stderr, **options)
+    assert not file_size, "only a fork is limited"
+    command = [*(launcher(ranks) if ranks else [sys.executable]), *argv]
+    with open(stdin) as source, open(stdout, "a") as output, open(stderr, "a") as errors:
+        return start_process(command, stdin=source, stdout=output, stderr=errors, cwd=cwd, env=env)
 
 
 def run_cases(folder: Path, ranks: int, cases: dict[str, list[str]], env: dict | None = None, **codes: int):
@@ -65,7 +87,7 @@ def run_cases(folder: Path, ranks: int, cases: dict[str, list[str]], env: dict |
     assert json.loads((folder / "codes.json").read_text()) == dict.fromkeys(cases, 0) | codes
 
 
-def wait_for(condition, going_on, output: Path, seconds: float = 90) -> None:
+def wait_for(condition, going_on, output: Path, seconds: float = 240) -> None:
     """Fails if the run ends before the condition holds, or takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -76,21 +98,29 @@ def wait_for(condition, going_on, output: Path, seconds: float = 90) -> None:
 class Run:
     """A run in the background, in a folder of its own."""
 
-    def __init__(self, folder: Path, *argv):
+    def __init__(self, folder: Path, *argv, **options):
         self.folder, self.output = folder, folder / "output.txt"
-        with open(self.output, "w") as f:
-            options = dict(cwd=ROOT, env=environment(), stdout=f, stderr=subprocess.STDOUT)
-            self.process = subprocess.Popen([sys.executable, *argv, *outputs(folder)], **options)
+        self.process = start([*argv, *outputs(folder)], self.output, self.output, **options)
 
     def children(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that torchrun started, by rank."""
+        """Return the process ids of the ranks, by rank."""
+        if isinstance(self.process, Ranks):
+            return [rank.pid for rank in self.process.ranks]
         environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in self.children()}
-        ranks = {pid: re.search(rb"\0RANK=(\d+)", found) for pid, found in environments.items()}
+        ranks = {pid: re.search(rb"\0RANK=(\d+)", text) for pid, text in environments.items()}
         return sorted((pid for pid in ranks if ranks[pid]), key=lambda pid: int(ranks[pid][1]))
+
+    def stop(self) -> None:
+        """Kill what still runs."""
+        if self.process.poll() is None:
+            for pid in [] if isinstance(self.process, Fork) else self.ranks():
+                os.kill(pid, signal.SIGKILL)
+            self.process.kill()
+        self.process.wait()
 
     def wait_for(self, condition) -> None:
         wait_for(condition, lambda: self.process.poll() is None, self.output)
@@ -101,7 +131,7 @@ class Run:
 
     def end(self, code: int) -> str:
         """Waits for the end, which must have that code; returns what was said."""
-        assert self.process.wait(timeout=120) == code, self.output.read_text()
+        assert self.process.wait(timeout=300) == code, self.output.read_text()
         return self.output.read_text()
 
 
@@ -137,9 +167,12 @@ def assert_same(run: Path, whole: Path, first_step: int = 1) -> None:
 
 def import_all() -> None:
     """Imports what a run needs, so that it costs a fork no time, and a measurement no memory."""
-    modules = "llama3.data llama3.export llama3.model trainer.trainer datasets"
+    modules = "train llama3.adapters llama3.data llama3.export llama3.model llama3.sample trainer.engine "
+    modules += "trainer.trainer trainer.planner trainer.measure tools.curves datasets peft matplotlib.figure "
+    modules += "torch.utils.tensorboard torch._inductor.compile_fx torch.distributed._tools.fsdp2_mem_tracker"
     for module in [*modules.split(), "transformers.models.llama.modeling_llama"]:
-        importlib.import_module(module)
+        with contextlib.suppress(ImportError):  # peft is missing where nnScaler is
+            importlib.import_module(module)
 
 
 def make_text(path: Path, documents: int, seed: int = 0) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import CheckpointError, temporary_sibling
+from trainer.checkpoint import NAME_A_CHECKPOINT, CheckpointError, temporary_sibling
 
 STATE_FILE = "state.json"  # beside nnScaler's shards: what our checkpoints call `state`
 
@@ -47,13 +47,13 @@ class NnScalerCheckpoint:
         try:
             from nnscaler.cli import Trainer
         except ImportError:
-            raise CheckpointError(f"{self.path}: only nnScaler merges its shards; install it") from None
+            raise CheckpointError(f"only nnScaler merges the shards in {self.path}", "Install it") from None
         files = sorted(self.path.glob("[0-9]*.ckpt"), key=lambda path: int(path.stem))
         if not files:
-            raise CheckpointError(f"{self.path} is merged already")
+            raise CheckpointError(f"{self.path} is merged already", "Use it as it is")
         if out_file.exists() and not is_nnscaler(out_file):
             raise CheckpointError(
-                f"{out_file} is there, and no merged checkpoint: give another --output_path"
+                f"{out_file} exists and is not a merged checkpoint", "Give another --output_path"
             )
         with temporary_sibling(out_file) as temporary:
             Trainer.merge_checkpoint([str(file) for file in files], str(temporary))
@@ -76,7 +76,8 @@ def read_merged(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         weights, per_parameter = content["model"], content["optimizer"]["state"]
     except Exception as error:  # torch.load raises many kinds
-        raise CheckpointError(f"{path} is no merged checkpoint: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise CheckpointError(f"{path} is not a merged checkpoint: {reason}", NAME_A_CHECKPOINT) from None
     prefix = next(iter(weights)).split(".")[0] + "."
     prefix *= all(name.startswith(prefix) for name in weights)  # else the module was not wrapped
     found, seen = {}, set()

@@ -18,7 +18,7 @@ from nnscaler import cli
 from nnscaler.graph import tracer
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
-from errors import TrainingFailed
+from errors import TrainingFailed, UserError, raise_together
 from trainer import checkpoint, folders, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs
 from trainer.loggers import perplexity
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Runs TrainerArgs on nnScaler 0.8, on every rank that torchrun started or on one without it.
 
-    Raises ValueError for what the user can fix before training, TrainingFailed if the run breaks down.
+    Raises UserError for what the user can mend before training, TrainingFailed if the run breaks down.
     nnScaler stops at the first step that is not finite: `max_skipped_steps` has no effect.
     """
 
@@ -43,12 +43,12 @@ class Trainer:
         # nnScaler unpickles what it resumes. Opening a merged file refuses one that holds more than data.
         self.saved = saved = NnScalerCheckpoint(path).state if path else {}
         policy, plan = train_args.pas_policy, train_args.compute_config.plan_ngpus
-        recompute, found = self.options.recompute, self.save_dir.glob(f"*-*/{STATE_FILE}")
+        recompute, found = self.options.layout.recompute, self.save_dir.glob(f"*-*/{STATE_FILE}")
         newer = [f.parent for f in found if saved and checkpoint.step_of(f.parent) > saved["step"]]
         refusals = {
-            "--compile=on": self.options.compile,
+            "--compile=on": self.options.layout.compile,
             "--async_save=on": self.options.async_save,
-            "--dp_replicate": self.options.dp_replicate > 1,
+            "--dp_replicate": self.options.layout.dp_replicate > 1,
             f"--recompute={recompute}: use none or full": recompute not in ("none", "full"),
             f"--recompute=full with --pas_policy={policy}": recompute == "full" and policy != "autodist",
             f"--pas_policy=dp with --plan_ngpus={plan}: use autodist or tp": policy == "dp" and plan > 1,
@@ -57,8 +57,15 @@ class Trainer:
             and checkpoint.checkpoints(self.save_dir),
             f"--save_dir={self.save_dir} with checkpoints newer than the resumed one": newer,
         }
-        if problems := [f"--engine=nnscaler does not support {what}" for what in refusals if refusals[what]]:
-            raise ValueError("\n".join(problems))
+        raise_together(
+            [
+                UserError(
+                    f"--engine=nnscaler does not support {flag}", "Use --engine=native, or leave it out"
+                )
+                for flag, is_used in refusals.items()
+                if is_used
+            ]
+        )
 
     def run(self) -> None:
         """Trains to the end. A SIGTERM saves and exits with 143."""
@@ -82,7 +89,7 @@ class Trainer:
         traced_class = pkgutil.resolve_name(ours.model.type.for_tracing)
         for function, dims in getattr(traced_class, "whole_functions", {}).items():
             nnscaler.register_op(dims)(function)
-        recomputed = traced_class.layer_class.__name__ if self.options.recompute == "full" else ""
+        recomputed = traced_class.layer_class.__name__ if self.options.layout.recompute == "full" else ""
         limit = {"mem_constraint": gib} if (gib := self.options.mem_constraint) else {}
         plan = dict(use_zero=True, use_end2end=True, pas_config={"recompute_modules": recomputed, **limit})
         schedule, config, adam = ours.lr_scheduler, ours.optimizer, ours.optimizer.type
