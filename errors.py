@@ -1,5 +1,9 @@
 """The exceptions that end the program with one sentence instead of a traceback."""
 
+import contextlib
+import errno
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something that the user can mend: wrong flags, paths, data or checkpoints. Exit code 2.
@@ -40,3 +44,16 @@ def raise_together(errors: list[UserError]) -> None:
         raise errors[0]
     if errors:
         raise UserErrors(*errors)
+
+
+@contextlib.contextmanager
+def naming(path: Path):
+    """Gives an error of the disk that names no file the name of what was written."""
+    try:
+        yield
+    except Exception as error:
+        nameless = isinstance(error, OSError) and not error.filename
+        if not nameless and type(error) is not Exception:  # the tokenizers library raises no narrower class
+            raise
+        number, words = getattr(error, "errno", None), getattr(error, "strerror", None)
+        raise OSError(number or errno.EIO, words or str(error), str(path)) from error

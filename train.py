@@ -41,10 +41,11 @@ def prepare(command: Command) -> None:
     """Prepare the data, and print the command that trains on them."""
     import torch
 
-    from llama3 import assets, data
+    from dataset import preparation, prepare
+    from llama3 import assets
 
     config = command.config
-    folder = data.prepare(
+    folder = prepare.prepare(
         dataset_id=config.dataset_id,
         text_column=config.text_column,
         skip_bad_samples=config.skip_bad_samples,
@@ -55,7 +56,7 @@ def prepare(command: Command) -> None:
         seed=config.seed,
         num_proc=machine.worker_processes(),
     )
-    samples = data.read_preparation(folder)["samples"]["train"]
+    samples = preparation.read(folder)["samples"]["train"]
     global_batch = config.global_batch_size or config.micro_batch_size * config.grad_accumulation_steps
     if samples < global_batch:
         logger.warning(
@@ -111,9 +112,9 @@ def build_trainer(command: Command) -> tuple[Any, bool]:
 
     Needs a process group. An error on one rank is raised on all.
     """
-    from trainer import devices, engine, parallel, ranks
+    from trainer import engine, parallel, ranks
 
-    preferred = ranks.by_first_rank(devices.preferred_precision, parallel.pick_device())
+    preferred = ranks.by_first_rank(machine.preferred_precision, parallel.pick_device())
     command = settings.resolve_precision(command, preferred)
     config = command.config
     engine_name = "native"  # which evaluates
@@ -224,7 +225,8 @@ def trainer_args(command: Command, model_config, resumed, fingerprint: str, layo
     """
     import torch
 
-    from llama3 import data, model
+    from dataset import batches, sampler
+    from llama3 import model
     from trainer import args as interface
 
     config = command.config
@@ -236,7 +238,7 @@ def trainer_args(command: Command, model_config, resumed, fingerprint: str, layo
     # Our engine evaluates, and does not partition.
     plan_ngpus = config.plan_ngpus if config.mode == "train" else 1
     optimizer = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-    collate = data.Collator(config.max_seq_len, layout.micro_batch_size)
+    collate = batches.Collator(config.max_seq_len, layout.micro_batch_size)
     return interface.TrainerArgs(
         compute_config=interface.ComputeConfig(plan_ngpus, runtime_ngpus=world_size()),
         model=interface.ModelConfig(model.Llama, settings.model_arguments(config)),
@@ -244,7 +246,8 @@ def trainer_args(command: Command, model_config, resumed, fingerprint: str, layo
         lr_scheduler=interface.LRSchedulerConfig(
             torch.optim.lr_scheduler.LambdaLR, {"lr_lambda": schedule(config, state)}
         ),
-        dataset=interface.DatasetConfig(data.open_split, train_set, val_set),
+        dataset=interface.DatasetConfig(batches.open_split, train_set, val_set),
+        dataset_sampler=interface.DatasetSamplerConfig(sampler.GlobalBatchSampler),
         dataloader=interface.DataloaderConfig(
             {"collate_fn": collate, "pin_memory": torch.cuda.is_available()}
         ),
@@ -271,22 +274,22 @@ def run_description(
     config: flags.Config, model_config, fingerprint: str, layout, batch: int
 ) -> dict[str, Any]:
     """Return the part of a checkpoint's state that replaces this run's flags in a resume or an export."""
-    from llama3 import data
+    from dataset import check
 
     return {
         "config": run_flags(config, layout, batch),
         "model": model_config.to_dict(),
         "data": fingerprint,
-        "chat": data.holds_conversations(config.dataset_path),  # then --generate asks as a user does
+        "chat": check.holds_conversations(config.dataset_path),  # then --generate asks as a user does
     }
 
 
 def run_flags(config: flags.Config, layout, batch: int) -> dict[str, Any]:
     """Return the run's flags, resolved: those that only preparing takes are as the data were prepared."""
-    from llama3 import data
+    from dataset import preparation
 
     values = config.select(*flags.SETTINGS)
-    preparation = data.read_preparation(config.dataset_path)
+    preparation = preparation.read(config.dataset_path)
     for name in checks.PREPARED_WITH:
         values[name] = {**preparation, **preparation["settings"]}[name]
     values["micro_batch_size"] = layout.micro_batch_size
@@ -304,7 +307,7 @@ def save_flags(config: flags.Config, values: dict[str, Any]) -> None:
 
 def split_arguments(config: flags.Config, vocab_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments that open the training set and the validation set, none for an empty one."""
-    from llama3 import data
+    from dataset import batches
 
     common = {
         "dataset_path": config.dataset_path,
@@ -313,7 +316,7 @@ def split_arguments(config: flags.Config, vocab_size: int) -> tuple[dict[str, An
     }
     train_set = {"split": "train", **common}
     val_set = {"split": "validation", "max_samples": config.max_val_samples, **common}
-    if len(data.open_split(**val_set)) == 0:
+    if len(batches.open_split(**val_set)) == 0:
         val_set = {}
     return train_set, val_set
 
@@ -363,7 +366,8 @@ def logs(config: flags.Config) -> list:
 
 def evaluate(command: Command) -> None:
     """Print the validation loss in nats per target, and before it, where possible, bits per byte of text."""
-    from llama3 import assets, data
+    from dataset import batches, check, preparation
+    from llama3 import assets
     from trainer.loggers import perplexity
 
     with joined(command):
@@ -373,9 +377,9 @@ def evaluate(command: Command) -> None:
         return
     try:
         path = trainer.args.dataset.val_args["dataset_path"]
-        tokenizer = assets.load_tokenizer(data.read_preparation(path)["tokenizer_id"])
-        data.check_prepared(path, tokenizer)
-        print(f"bits_per_byte={data.bits_per_byte(trainer.val_set, tokenizer, val_loss):.6f}")
+        tokenizer = assets.load_tokenizer(preparation.read(path)["tokenizer_id"])
+        check.check_prepared(path, tokenizer)
+        print(f"bits_per_byte={batches.bits_per_byte(trainer.val_set, tokenizer, val_loss):.6f}")
     except Exception as error:  # the loss below is what was asked for
         logger.warning("no bits per byte: %s", error)
     print(f"val_loss={val_loss:.6f} perplexity={perplexity(val_loss):.6f}")

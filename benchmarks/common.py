@@ -58,7 +58,7 @@ def make_rows(folder: Path, vocab: int, seq_len: int, rows: int, document: int |
     document: the mean of the documents' lengths; without it, every sample is one document. The path it
     returns is for --dataset_path; the peer reads `input_ids` of its split `train`.
     """
-    from llama3 import data
+    from dataset import prepare
 
     folder.mkdir(parents=True, exist_ok=True)
     draw, left = random.Random(0), rows * seq_len
@@ -70,7 +70,9 @@ def make_rows(folder: Path, vocab: int, seq_len: int, rows: int, document: int |
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
             left -= length
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return data.prepare(str(text), make_tokenizer(vocab), folder / "rows", seq_len, validation_fraction=0)
+        return prepare.prepare(
+            str(text), make_tokenizer(vocab), folder / "rows", seq_len, validation_fraction=0
+        )
 
 
 def start(

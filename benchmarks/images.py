@@ -13,9 +13,9 @@ from pathlib import Path
 
 from common import ROOT
 
+from plan.devices import DEVICES
+from plan.planner import usable_gib
 from tools import curves
-from trainer.devices import DEVICES
-from trainer.planner import usable_gib
 
 IMAGES = ROOT / "images"
 TWO_RANKS = "torchrun --local-addr=127.0.0.1 --nproc_per_node=2 train.py"

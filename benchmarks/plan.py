@@ -19,7 +19,7 @@ from common import make_model, make_rows, run_ours
 from cli import settings
 from cli.config import parse
 from cli.plan import planner_run
-from trainer import devices, measure, planner
+from plan import devices, measure, planner
 
 SIZE_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
 SIZE_70B |= dict(num_key_value_heads=8, vocab_size=128256, model_type="llama", max_position_embeddings=8192)

@@ -1,1 +1,1 @@
-"""What the command line says: flags, their meaning, their checks."""
+"""The command line: typed flags, their checks, and the output of each mode."""

@@ -34,10 +34,11 @@ def check_data(command: Command, model_config, state: dict[str, Any]) -> tuple[s
     state: the resumed checkpoint's, empty for a fresh start. Raises UserError if the data are damaged, or
     not those that the flags or the checkpoint ask for.
     """
-    from llama3 import assets, data
+    from dataset import batches, check
+    from llama3 import assets
 
     config = command.config
-    rows = data.open_split(
+    rows = batches.open_split(
         config.dataset_path,
         "train",
         config.max_seq_len,
@@ -47,15 +48,15 @@ def check_data(command: Command, model_config, state: dict[str, Any]) -> tuple[s
     # The ranks of a node share the files.
     node_rank = int(os.environ.get("LOCAL_RANK", 0))
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    data.verify(config.dataset_path, node_rank, node_ranks)
-    fingerprint = data.fingerprint(config.dataset_path)
+    check.verify(config.dataset_path, node_rank, node_ranks)
+    fingerprint = check.fingerprint(config.dataset_path)
     if config.mode == "train":
         _check_same_data(config, fingerprint, state)
     explicit = {name: getattr(config, name) for name in PREPARED_WITH if command.is_explicit(name)}
     is_new = state.get("data") != fingerprint
     if is_first_rank() and (is_new or explicit or command.is_explicit("tokenizer_id")):
         tokenizer = assets.load_tokenizer(config.tokenizer_id)
-        data.check_prepared(config.dataset_path, tokenizer, **explicit)
+        check.check_prepared(config.dataset_path, tokenizer, **explicit)
     return fingerprint, len(rows)
 
 

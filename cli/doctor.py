@@ -156,9 +156,10 @@ def check_model(command: Command, findings: Findings) -> tuple[str, str, str]:
     import torch
 
     from llama3 import assets
-    from trainer import devices, parallel, planner
+    from plan import planner
+    from trainer import machine, parallel
 
-    preferred = devices.preferred_precision(parallel.pick_device())
+    preferred = machine.preferred_precision(parallel.pick_device())
     command = settings.resolve_precision(command, preferred)
     config = command.config
     findings.model_config = assets.load_config(config.model_id, config.num_hidden_layers)
@@ -182,7 +183,7 @@ def host_memory(config: Config, run) -> tuple[int, str, str]:
 
     On a CPU that is its state; on CUDA a copy of the checkpoint, if saves are in the background.
     """
-    from trainer import planner
+    from plan import planner
 
     if run.on_cpu:
         size = int(planner.state(run, run.ranks) * run.node_ranks)
@@ -194,13 +195,13 @@ def host_memory(config: Config, run) -> tuple[int, str, str]:
 
 def checkpoints(config: Config, run) -> tuple[int, int]:
     """Return the bytes of a checkpoint, and how many of them there will be."""
-    from llama3 import data
-    from trainer import planner
+    from dataset import preparation
+    from plan import planner
 
     size = 12 * planner.trained(run)  # weights and two moments in fp32
     every = config.save_every_n_train_steps
     if every is None:  # each epoch's end saves, as far as that is known
-        preparation = data.read_preparation(config.dataset_path)
+        preparation = preparation.read(config.dataset_path)
         samples = preparation["samples"]["train"] if preparation else math.inf
         every = samples / run.global_batch_size
     saves = max(1, math.ceil(config.max_train_steps / every))
@@ -213,23 +214,24 @@ def checkpoints(config: Config, run) -> tuple[int, int]:
 
 def check_data(command: Command, findings: Findings) -> tuple[str, str, str]:
     """Compare the prepared data with their checksums and with the flags."""
-    from llama3 import assets, data, export
+    from dataset import batches, check
+    from llama3 import assets, export
 
     config = command.config
     _, samples = checks.check_data(command, findings.model_config, {})
     if settings.world_size() > 1:  # then that read this rank's share of the files
-        data.verify(config.dataset_path)
+        check.verify(config.dataset_path)
     tokenizer = assets.load_tokenizer(config.tokenizer_id)
     generation = export.generation_config(findings.model_config, tokenizer)
     findings.end_ids = set(generation.eos_token_id or ())
-    findings.rows = data.open_split(
+    findings.rows = batches.open_split(
         config.dataset_path,
         "train",
         config.max_seq_len,
         findings.model_config.vocab_size,
         max_samples=CHECKED_SAMPLES,
     )
-    findings.collate = data.Collator(config.max_seq_len, 1)
+    findings.collate = batches.Collator(config.max_seq_len, 1)
     findings.sample_text = tokenizer.decode(findings.rows[0]["input_ids"][:32])
     detail = f"{config.dataset_path}: {samples:,} samples of {config.max_seq_len} tokens"
     return "ok", f"{detail}, all files as prepared", ""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from cli import checks, settings
 from cli.config import Command, parse
+from dataset import preparation
 from errors import UserError
-from llama3 import preparation, presets
+from llama3 import presets
 
 # Mode -> the flags whose paths it writes.
 WRITES = {

@@ -52,7 +52,7 @@ def export_checkpoint(command: Command, path: Path, folder: Path, dtype: str | N
     """
     from llama3 import assets
     from llama3.export import export_hf
-    from trainer import devices, parallel
+    from trainer import machine, parallel
     from trainer.tensorfile import TensorFileWriter
 
     source, run_config = open_exported(command, path)
@@ -62,7 +62,7 @@ def export_checkpoint(command: Command, path: Path, folder: Path, dtype: str | N
         config = command.config
         model_config = assets.load_config(config.model_id, config.num_hidden_layers).to_dict()
     if dtype is None:
-        preferred = devices.preferred_precision(parallel.pick_device())
+        preferred = machine.preferred_precision(parallel.pick_device())
         dtype = source.state.get("config", {}).get("precision", preferred)
     shapes = source.shapes
     tensors = source.parameters()
@@ -94,9 +94,9 @@ def open_model(command: Command) -> tuple[Any, Any, bool]:
     if there is one.
     """
     from llama3 import assets, sample
-    from trainer import devices, parallel
+    from trainer import machine, parallel
 
-    command = settings.resolve_precision(command, devices.preferred_precision(parallel.pick_device()))
+    command = settings.resolve_precision(command, machine.preferred_precision(parallel.pick_device()))
     config = command.config
     settings.warn_about_slow_bf16(config)
     resume_from = config.resume_from

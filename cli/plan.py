@@ -13,9 +13,9 @@ from cli.config import DEFAULTS, Command, Config
 from errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
-    from trainer.devices import Device
-    from trainer.measure import Model
-    from trainer.planner import Plan, Run
+    from plan.devices import Device
+    from plan.measure import Model
+    from plan.planner import Plan, Run
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ def show(command: Command) -> None:
     """
     import torch
 
-    from trainer import devices, planner
+    from plan import devices, planner
+    from trainer import machine
 
     config = command.config
     ranks = config.world_size or planner.NODE_DEVICES
@@ -41,7 +42,7 @@ def show(command: Command) -> None:
         )
     device = devices.parse_device(config.device_type, ranks)
     on_cpu = config.device_type == "cpu"
-    preferred = devices.preferred_precision(torch.device("cpu")) if on_cpu else "bf16"
+    preferred = machine.preferred_precision(torch.device("cpu")) if on_cpu else "bf16"
     command = settings.resolve_precision(command, preferred)
     run = planner_run(command, device, ranks, planner.NODE_DEVICES, on_cpu, {})
     checks.warn_about_recompute(config, run.layers)
@@ -59,7 +60,7 @@ def show(command: Command) -> None:
 
 
 def _longest_sequence(run: "Run") -> str:
-    from trainer import measure, planner
+    from plan import measure, planner
 
     longest = planner.longest_sequence(run)
     trained_length = measure.facts(run.model)["longest_sample"]
@@ -90,7 +91,8 @@ def planned(command: Command, state: dict[str, Any]) -> tuple["Plan", int] | Non
 
 def warn_about_memory(run: "Run") -> None:
     """Warn of a run on a CPU whose state alone exceeds the memory that is free: the kernel would kill it."""
-    from trainer import machine, planner
+    from plan import planner
+    from trainer import machine
 
     if not run.on_cpu:
         return
@@ -108,7 +110,8 @@ def warn_about_memory(run: "Run") -> None:
 
 def run_on_these_devices(command: Command, ranks: int, state: dict[str, Any]) -> "Run":
     """Return the planner's view of the run on that many devices of the kind that is here."""
-    from trainer import devices, parallel
+    from plan import devices
+    from trainer import parallel
 
     device = parallel.pick_device()
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
@@ -121,7 +124,7 @@ def fitting(config: Config, run: "Run") -> "Plan | None":
 
     Raises UserError if the model cannot fit.
     """
-    from trainer import measure, planner
+    from plan import measure, planner
 
     planner.check_state(run, config.model_id)
     if config.pas_policy != "autodist":
@@ -144,7 +147,7 @@ def planner_run(
     command: Command, device: "Device", ranks: int, node_ranks: int, on_cpu: bool, state: dict[str, Any]
 ) -> "Run":
     """Return the planner's view of a run on these devices. An explicit flag pins its part of the plan."""
-    from trainer import planner
+    from plan import planner
 
     config = command.config
     settings.check_replicas(config, ranks)
@@ -195,8 +198,8 @@ def _pinned(command: Command, ranks: int, on_cpu: bool) -> dict[str, Any]:
 
 
 def measured(arguments: dict[str, Any], tokens: int, precision: str) -> "Model":
-    """Return the Llama of these arguments on rows of that many tokens, for `trainer.measure`."""
-    from trainer import measure
+    """Return the Llama of these arguments on rows of that many tokens, for `plan.measure`."""
+    from plan import measure
 
     return measure.Model(
         key=model_key(arguments),
@@ -218,7 +221,7 @@ def make_llama(arguments: dict[str, Any], num_layers: int | None):
 
 def empty_batch(length: int, rows: int) -> dict[str, Any]:
     """Return a batch of one document a row."""
-    from llama3.data import Collator
+    from dataset.batches import Collator
 
     row = {"input_ids": [0] * length, "document_starts": [0]}
     return Collator(length, rows)([row] * rows)

@@ -56,13 +56,13 @@ def _precision(command: Command, name: str, options) -> str:
 
 def precision(command: Command, name: str) -> str:
     """Return the run's precision, and where it is fp32 the reason."""
-    from trainer import devices, parallel
+    from trainer import machine, parallel
 
     if name == "bf16":
         return name
     device = parallel.pick_device()
-    if not devices.computes_in_bf16(device):
-        return f"fp32 ({devices.slow_bf16_reason(device)})"
+    if not machine.computes_in_bf16(device):
+        return f"fp32 ({machine.slow_bf16_reason(device)})"
     if command.is_explicit("precision"):
         return "fp32 (--precision)"
     return "fp32 (the checkpoint's)"
@@ -121,7 +121,7 @@ def model(arguments: dict[str, Any], max_seq_len: int, precision: str) -> str:
 
     arguments: those of llama3.model.Llama.
     """
-    from trainer import measure
+    from plan import measure
 
     total, trained = measure.parameters(plan.measured(arguments, max_seq_len, precision))
     text = arguments["model_id"]

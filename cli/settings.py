@@ -9,8 +9,8 @@ from cli.config import FLAGS, LORA, MODES, Command, Config, Origin
 from errors import UserError
 
 if TYPE_CHECKING:
+    from plan.planner import Plan
     from trainer.args import Layout, NativeOptions
-    from trainer.planner import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,11 @@ def resolve_precision(command: Command, preferred: str) -> Command:
 
 def warn_about_slow_bf16(config: Config) -> None:
     """Warn, from rank 0, of a run in bf16 on a device that does not compute in it."""
-    from trainer import devices, parallel
+    from trainer import machine, parallel
 
     device = parallel.pick_device()
-    if config.precision == "bf16" and not devices.computes_in_bf16(device):
-        reason = devices.slow_bf16_reason(device)
+    if config.precision == "bf16" and not machine.computes_in_bf16(device):
+        reason = machine.slow_bf16_reason(device)
         logger.warning("--precision=bf16, but %s. Go on in fp32 with --precision=fp32.", reason)
 
 
@@ -217,8 +217,11 @@ def engine_options(config: Config, engine_name: str, run_layout: "Layout") -> "N
     """Return the options that nnScaler's interface has no field for."""
     import torch
 
+    from plan import devices
+    from trainer import parallel
     from trainer.args import NativeOptions
 
+    device = devices.of(parallel.pick_device())
     saves_in_background = config.async_save == "on"
     if config.async_save == "auto":
         saves_in_background = torch.cuda.device_count() > 0 and engine_name == "native"
@@ -226,6 +229,7 @@ def engine_options(config: Config, engine_name: str, run_layout: "Layout") -> "N
         layout=run_layout,
         async_save=saves_in_background,
         validate_first=config.demo,
+        device_tflops=device.tflops if device else None,
         **config.select("deterministic", "max_skipped_steps", "timeout_seconds", "mem_constraint"),
     )
 

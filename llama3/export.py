@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from errors import UserError
-from llama3.assets import DOCUMENT_SEPARATORS, document_separator, naming
+from errors import UserError, naming
+from tokens import DOCUMENT_SEPARATORS, document_separator
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 EXPORT_MARK = {"exported_by": "train.py --export_hf"}  # in the metadata of the weights

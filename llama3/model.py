@@ -18,7 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama3 import assets
-from llama3.loss import IGNORED, chunked_cross_entropy, loss_and_gradient
+from llama3.loss import chunked_cross_entropy, loss_and_gradient
+from tokens import IGNORED
+from trainer.trainable import TrainableModel
 
 RANDOM_BLOCK = 2**16  # fresh weights that one random generator draws
 
@@ -126,7 +128,7 @@ class LossHead(nn.Linear):
         return chunked_cross_entropy(hidden, self.weight, labels, self.loss_and_grad)
 
 
-class Llama(nn.Module):
+class Llama(TrainableModel):
     """LlamaForCausalLM whose forward takes a batch and returns its loss.
 
     Parameters start on the meta device. The Trainer shards them, then fills each shard from `weight_files`
@@ -134,8 +136,9 @@ class Llama(nn.Module):
     only the adapter is trained.
     """
 
-    layer_class, head_class = LlamaDecoderLayer, LossHead
-    for_tracing = "llama3.traced.TracedLlama"
+    layer_class = LlamaDecoderLayer
+    head_class = LossHead
+    traced_class = "llama3.traced.TracedLlama"
 
     def __init__(
         self, model_id: str, from_scratch=False, num_hidden_layers=None, seed=0, lora: dict | None = None
@@ -172,8 +175,8 @@ class Llama(nn.Module):
         """Compile what the loss computes between its matrix products."""
         self.model.lm_head.loss_and_grad = compile(loss_and_gradient)
 
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the loss summed over a Collator's batch, the same detached, and the number of targets."""
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Return the loss summed over a Collator's batch, and the number of targets."""
         positions = batch["position_ids"]  # (B, T)
         # transformers 4 would build a (T, T) mask if it got none; it passes on a mask of four dims unchanged.
         hidden = self.model.model(
@@ -184,7 +187,7 @@ class Llama(nn.Module):
             **self.documents(batch),
         ).last_hidden_state  # (B, T, D)
         loss_sum = self.model.lm_head(hidden, batch["labels"])
-        return loss_sum, loss_sum.detach(), (batch["labels"] != IGNORED).sum()
+        return {"loss_sum": loss_sum, "targets": (batch["labels"] != IGNORED).sum()}
 
     def documents(self, batch: dict) -> dict[str, torch.Tensor]:
         """Return what `packed_attention` is told of a batch's documents; no batch compiles a layer again."""
@@ -207,8 +210,7 @@ class Llama(nn.Module):
         width = config.num_attention_heads * self.model.model.layers[0].self_attn.head_dim
         return flops + 12 * config.num_hidden_layers * width * T
 
-    @staticmethod
-    def checkpoint_name(name: str) -> str:
+    def checkpoint_name(self, name: str) -> str:
         """Return a parameter's Hugging Face name, without what peft's classes put between its parts."""
         return name.removeprefix("model.").replace(".base_layer.", ".").replace(".default.", ".")
 

@@ -47,6 +47,7 @@ class TracedLlama(Llama):
     """Llama with the same parameters and the same loss."""
 
     head_class = TracedLossHead
+    sum_names = ("loss_sum", "targets")
     # Each function that stays whole -> the dims of its tensors in nnScaler's notation ("^": never split). Of
     # (k g^) it splits k: a device gets some of the key-value heads, each with its group of g query heads.
     whole_functions = {
@@ -57,6 +58,11 @@ class TracedLlama(Llama):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.model.config._attn_implementation = "documents"
+
+    def forward(self, batch: dict) -> tuple[torch.Tensor, ...]:
+        """Return what nnScaler differentiates, then the sums that `sum_names` names."""
+        sums = super().forward(batch)
+        return sums["loss_sum"], *(sums[name].detach() for name in self.sum_names)
 
     def documents(self, batch: dict) -> dict[str, torch.Tensor]:
         return {}  # the positions tell

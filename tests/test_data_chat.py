@@ -6,10 +6,10 @@ import pytest
 from helpers.corpora import facts, prepare_records, real_tokenizer, samples
 from helpers.runs import CHATML, small_tokenizer
 
+from dataset.encode import Encoder
+from dataset.prepare import prepare
+from dataset.sources import Document
 from errors import UserError
-from llama3.data import prepare
-from llama3.encode import Encoder
-from llama3.sources import Document
 
 
 def chat(*turns) -> list[dict]:

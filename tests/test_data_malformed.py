@@ -8,10 +8,10 @@ import pytest
 from helpers.corpora import facts, make_texts, prepare_records, table_bytes, write_jsonl
 from helpers.runs import small_tokenizer
 
+from dataset import shards, sources
+from dataset.encode import Encoder
+from dataset.prepare import prepare
 from errors import UserError
-from llama3 import shards, sources
-from llama3.data import prepare
-from llama3.encode import Encoder
 
 GOOD = make_texts(30)
 USER, REPLY = dict(role="user", content="a"), dict(role="assistant", content="b")

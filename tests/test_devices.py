@@ -7,7 +7,8 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from errors import UserError
 from llama3.model import Llama
-from trainer import devices
+from plan import devices
+from trainer.args import NativeOptions
 from trainer.trainer import Trainer
 
 
@@ -56,9 +57,10 @@ def test_cuda_devices_are_known_by_name(monkeypatch, cuda_name, kind):
 
 def test_mfu_is_the_share_of_all_devices_rates(tiny):
     trainer = object.__new__(Trainer)  # its constructor needs a run's arguments
-    trainer.kind, trainer.world_size, trainer.model = devices.parse_device("24:2:1"), 4, Llama(str(tiny))
-    batch = {"input_ids": torch.zeros(1, 48)}
-    expected = 1000 * trainer.model.flops_per_token(batch) / 8e12
-    assert trainer._utilization(1000.0, batch) == {"mfu": pytest.approx(expected)}
-    trainer.kind = None
-    assert trainer._utilization(1000.0, batch) == {}
+    trainer.options = NativeOptions(device_tflops=2.0)
+    trainer.world_size = 4
+    trainer._flops_per_token = Llama(str(tiny)).flops_per_token({"input_ids": torch.zeros(1, 48)})
+    expected = 1000 * trainer._flops_per_token / 8e12
+    assert trainer._utilization(1000.0) == {"mfu": pytest.approx(expected)}
+    trainer.options = NativeOptions()
+    assert trainer._utilization(1000.0) == {}

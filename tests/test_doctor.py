@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import train
 from cli import doctor as cli_doctor
 from cli.config import parse
+from dataset.batches import Collator, open_split
 from errors import UserError
-from llama3.data import Collator, open_split
 from tools import doctor
 
 

@@ -8,8 +8,9 @@ import torch
 from helpers.runs import outputs
 
 import train
+from dataset import sampler
 from llama3 import model
-from trainer import checkpoint, loggers, sampler, setup, trainer
+from trainer import checkpoint, loggers, setup, trainer
 
 
 def raises(error: Exception):

@@ -15,7 +15,7 @@ import train
 from cli.config import parse
 from trainer import ranks
 from trainer.checkpoint import Checkpoint
-from trainer.sampler import load_batches
+from trainer.loading import load_batches
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import yaml
 from helpers.runs import HELPERS, ROOT, environment, outputs, python, torchrun
 
 import train
-from trainer import devices, machine
+from trainer import machine
 
 # oneDNN and ATen then use no instructions beyond AVX2's: such a CPU has no fast bf16.
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 CPU = torch.device("cpu")
-HERE_BF16 = devices.computes_in_bf16(CPU)
+HERE_BF16 = machine.computes_in_bf16(CPU)
 GIB = 2**30
 
 
@@ -134,7 +134,7 @@ def test_a_torch_without_the_private_operator_asks_the_public_capabilities(
 ):
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert devices.computes_in_bf16(CPU) is expected
+    assert machine.computes_in_bf16(CPU) is expected
 
 
 # ---------------------------------------------------------------- a container's limits

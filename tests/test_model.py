@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.devices import on_cuda
 
 from llama3 import loss
-from llama3.loss import chunked_cross_entropy, loss_and_gradient
+from llama3.loss import chunked_cross_entropy, loss_and_gradient, plain_cross_entropy
 from llama3.model import Llama, attention_by_document, packed_attention
 from llama3.traced import TracedLlama
 
@@ -122,6 +122,19 @@ def test_chunked_loss_and_gradients_equal_cross_entropy(monkeypatch, rows, valid
     expected = F.cross_entropy((hidden @ weight.T).view(-1, 50), labels.view(-1), reduction="sum")
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x * 0.3, (hidden, weight)) for x in (found, expected)))
+
+
+def test_the_plain_form_of_the_loss_is_the_loss():
+    torch.manual_seed(1)
+    hidden = torch.randn(3, 11, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 11))
+    labels[0, :4] = -100
+    ours = chunked_cross_entropy(hidden, weight, labels)
+    plain = plain_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(ours, plain)
+    gradients = [torch.autograd.grad(total, (hidden, weight)) for total in (ours, plain)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_only_the_needed_logits_are_held(monkeypatch):

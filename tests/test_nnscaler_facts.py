@@ -52,8 +52,8 @@ def test_one_step_and_the_losses_are_those_of_a_plain_model_with_every_token_wei
     model = facts.Net()
 
     def mean_loss(samples):
-        loss_sum, _, count = model(torch.utils.data.default_collate(facts.make_set(samples)))
-        return loss_sum / count
+        sums = model(torch.utils.data.default_collate(facts.make_set(samples)))
+        return sums["loss_sum"] / sums["targets"]
 
     loss = mean_loss(20)
     loss.backward()

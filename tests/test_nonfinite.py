@@ -13,8 +13,8 @@ from test_training import plain_loop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from dataset.sampler import GlobalBatchSampler
 from trainer.checkpoint import Checkpoint
-from trainer.sampler import GlobalBatchSampler
 
 
 @pytest.fixture(scope="module")

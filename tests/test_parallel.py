@@ -11,9 +11,10 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama3.data import Collator
+from dataset.batches import Collator
 from llama3.model import Llama
 from trainer import parallel, ranks, setup
+from trainer.tensorfile import Box
 
 LAYERS, T = 12, 32
 NAMES = "sharded", "replicated"
@@ -45,14 +46,14 @@ def trained(model_id, recompute="none", compile_layers=False, change=lambda mode
         setup.fill_weights(model)
         change(model)
         for batch in batches():
-            loss = model(batch)[0]
+            loss = model(batch)["loss_sum"]
             loss.backward()
             found += [loss.item(), *(parallel.local(p.grad).sum().item() for p in model.parameters())]
             graphs.append(counters["stats"]["unique_graphs"])
             torch.optim.SGD(model.parameters(), lr=1e-3).step()
             model.zero_grad()
             with torch.no_grad():
-                found.append(model.eval()(batch)[0].item())
+                found.append(model.eval()(batch)["loss_sum"].item())
             model.train()
         graphs.append(counters["stats"]["unique_graphs"])
     return found, graphs
@@ -92,11 +93,11 @@ def test_selective_recompute_repeats_neither_matrix_products_nor_attention(deep,
             model = Llama(str(deep), from_scratch=True, num_hidden_layers=2)
             parallel.parallelize(model, CPU, "fp32", recompute, compiled)
             setup.fill_weights(model)
-            model(next(batches()))[0].backward()  # compiles
+            model(next(batches()))["loss_sum"].backward()  # compiles
             # The counter of FLOPs keeps Dynamo from compiling; the profiler counts what recompute skips.
             count = profile(activities=[ProfilerActivity.CPU]) if compiled else FlopCounterMode(display=False)
             with count:
-                model(next(batches()))[0].backward()
+                model(next(batches()))["loss_sum"].backward()
         events = count.key_averages() if compiled else ()
         ran = {event.key: event.count for event in events if event.key in ("aten::mm", ATTENTION)}
         counts[recompute] = ran if compiled else {"FLOPs": count.get_total_flops()}
@@ -148,3 +149,14 @@ def test_only_the_first_replica_writes(runs):
     files = {name: (runs / name / "ckpt" / "last").resolve().glob("*.safetensors") for name in NAMES}
     sizes = [sum(file.stat().st_size for file in files[name]) for name in NAMES]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_a_fresh_parameter_whose_shard_is_not_whole_rows_is_an_error(tiny):
+    model = Llama(str(tiny), from_scratch=True)
+    columns = Box(offsets=(0, 4), shape=(8, 4))
+    with pytest.raises(ValueError, match="is not a run of whole rows"):
+        setup._fill_fresh(model, "a.weight", torch.Size((8, 8)), columns, torch.empty(8, 4))
+    rows = Box(offsets=(2, 0), shape=(3, 8))
+    out = torch.empty(3, 8)
+    setup._fill_fresh(model, "a.weight", torch.Size((8, 8)), rows, out)
+    assert torch.equal(out, model.initial_values("a.weight", 0, 64).view(8, 8)[2:5])

@@ -43,7 +43,7 @@ def resume(run: Path, path: str | Path, steps: int = 4) -> int:
 def rejected_by_a_bad_node(run: Path, monkeypatch, path: str | Path = "last") -> Path:
     """Resume where validations are not finite; return where the checkpoint must lie then."""
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "validate", lambda trainer: math.nan)
+        patch.setattr(Trainer, "validate", lambda trainer: {"loss": math.nan})
         assert resume(run, path) == 1
     return run / "ckpt" / "0000-0004.rejected"
 
@@ -81,7 +81,7 @@ def test_a_run_that_took_a_rejected_checkpoint_back_ends_as_if_undisturbed(flags
 
     def validate(trainer, validate=Trainer.validate):
         loss = validate(trainer)
-        return math.inf if trainer.state.step == 2 else loss
+        return {"loss": math.inf} if trainer.state.step == 2 else loss
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "validate", validate)
@@ -116,7 +116,7 @@ def test_a_kill_while_a_checkpoint_is_set_aside_loses_nothing(run, monkeypatch, 
 
     def validate(trainer):
         monkeypatch.setattr(folders, function, killed)
-        return math.nan
+        return {"loss": math.nan}
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Trainer, "validate", validate)

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -208,12 +209,12 @@ def test_a_run_that_ends_while_another_starts_is_not_overwritten(run, monkeypatc
 
 def test_a_signal_on_a_skipped_step_waits_for_the_next_good_one(run, monkeypatch, capsys):
     def step(self, batches, real=Trainer._train_step):
-        loss, gnorm, tokens, finite = real(self, batches)
+        result = real(self, batches)
         if self.state.step == 4:  # the next step, 5, is not finite, and the signals come in it
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
-            return math.nan, gnorm, tokens, False
-        return loss, gnorm, tokens, finite
+            return replace(result, loss=math.nan, is_finite=False)
+        return result
 
     monkeypatch.setattr(Trainer, "_train_step", step)
     with pytest.raises(SystemExit) as left:
@@ -223,7 +224,7 @@ def test_a_signal_on_a_skipped_step_waits_for_the_next_good_one(run, monkeypatch
 
 def test_last_does_not_name_a_last_step_that_was_skipped(run, monkeypatch, capsys):
     def step(self, batches, real=Trainer._train_step):
-        return *real(self, batches)[:3], self.state.step < 5
+        return replace(real(self, batches), is_finite=self.state.step < 5)
 
     monkeypatch.setattr(Trainer, "_train_step", step)
     more = ["--max_train_steps=6", "--save_every_n_train_steps=10"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.sampler import GlobalBatchSampler, epoch_order
+from dataset.sampler import GlobalBatchSampler, epoch_order
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])

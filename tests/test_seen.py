@@ -198,7 +198,7 @@ def test_on_a_terminal_a_bar_shows_progress_and_nothing_tears_it(flags, tmp_path
     bars = [line for line in lines if "█" in line]
     assert len(bars) == 1, lines
     assert bars[0].startswith(f"step 30/30 |{'█' * 12}| loss {logged[30]['train_loss']:.4f}, lr 0.001, gnorm")
-    assert len(bars[0]) <= 100 and " tokens/s, " in bars[0] and max(map(len, seen.decode().split("\r"))) < 300
+    assert len(bars[0]) <= 100 and " tokens/s, " in bars[0] and max(map(len, seen.decode().split("\r"))) < 400
     assert any(" left, loss " in part for part in seen.decode().split("\r"))
     saves = [line for line in lines if "saved" in line]
     assert len(saves) == 3 and all(

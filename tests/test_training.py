@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
+from dataset.sampler import GlobalBatchSampler
 from trainer.checkpoint import Checkpoint
-from trainer.sampler import GlobalBatchSampler
 
 RANKS = (1, 2, 4)
 GLOBAL_BATCH = 8

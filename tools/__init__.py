@@ -1,1 +1,1 @@
-"""Beside a run, reading what it wrote."""
+"""Programs that read a run or start one."""

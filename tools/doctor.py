@@ -107,12 +107,12 @@ def host_name() -> tuple[str, str, str]:
 
 def _precision() -> str:
     """Return what --precision=auto means on this rank's device, and why if that is fp32."""
-    from trainer import devices, parallel
+    from trainer import machine, parallel
 
     device = parallel.pick_device()
-    if devices.computes_in_bf16(device):
+    if machine.computes_in_bf16(device):
         return "computes in bf16"
-    return f"computes in fp32 ({devices.slow_bf16_reason(device)})"
+    return f"computes in fp32 ({machine.slow_bf16_reason(device)})"
 
 
 def devices() -> tuple[str, str, str]:
@@ -213,7 +213,7 @@ def hub(files: dict[str, str]) -> tuple[str, str, str]:
     """Asks the hub for the head of a file of each repository. Without a network that is a warning."""
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
-    from llama3 import assets
+    from hub import HUB_FIXES, hub_fix, hub_trouble
 
     token = get_token()
     has = "a token is set" if token else "no token (HF_TOKEN) is set"
@@ -221,10 +221,10 @@ def hub(files: dict[str, str]) -> tuple[str, str, str]:
         try:
             get_hf_file_metadata(hf_hub_url(repo, file), token=token or False, timeout=HUB_SECONDS)
         except Exception as error:
-            if (trouble := assets.hub_trouble(error)) is None:
+            if (trouble := hub_trouble(error)) is None:
                 raise
-            status = "fault" if trouble in assets.HUB_FIXES else "warning"
-            return status, f"{repo} cannot be had, {trouble}; {has}", assets.hub_fix(trouble, repo)
+            status = "fault" if trouble in HUB_FIXES else "warning"
+            return status, f"{repo} cannot be had, {trouble}; {has}", hub_fix(trouble, repo)
     return "ok", f"{', '.join(files)}: access; {has}" if files else "nothing is read from the hub", ""
 
 

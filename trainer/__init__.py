@@ -1,1 +1,1 @@
-"""How a model is trained: nnScaler's Trainer interface, on PyTorch's own engine or on nnScaler's."""
+"""The Trainer interface of nnScaler, on PyTorch's own engine or on nnScaler's."""

@@ -32,25 +32,7 @@ class ComputeConfig:
 
 @dataclass
 class ModelConfig:
-    """`type(**args)` is the model. An engine asks this of it; all but forward is optional.
-
-    `forward(batch)` returns (loss summed over the batch's targets, the same detached, number of targets). A
-    batch is a dict of tensors; its `num_tokens` counts the tokens in it.
-    `layer_class`: the class of the repeated layer, which is sharded, recomputed and compiled one by one.
-    `sharded_alone`: other large modules that are gathered one at a time, and not for backward: their own
-    gradients do not need their parameters.
-    `compile_loss(compile)`: replaces what the loss computes elementwise by `compile` of it.
-    `checkpoint_name(name)`: what checkpoints call the parameter of that name; the same without it.
-    `weight_files()`: checkpoint name of each parameter -> the safetensors file that holds it, or None.
-    `initial_values(name, start, stop)`: those elements of the flattened fresh parameter, in fp32, a function
-    of seed and name only; called if there are no weight files.
-    Parameters that require no gradient are frozen: then only they have weight files, and checkpoints hold the
-    others alone. They are kept in the computation's precision.
-    `flops_per_token(batch)`: floating-point operations of a training step, for MFU.
-    `longest_sample`: the number of tokens that it was made for.
-    `for_tracing`: the dotted name of a class with the same parameters and loss that nnScaler can trace. Its
-    `whole_functions` maps each function that nnScaler must not trace into to its tensors' dims.
-    """
+    """`type(**args)` is the model, a trainer.trainable.TrainableModel."""
 
     type: Callable
     args: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +62,17 @@ class DatasetConfig:
     type: Callable
     train_args: dict[str, Any] = field(default_factory=dict)
     val_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetSamplerConfig:
+    """`type(num_samples, micro_batch_size, ...)` yields the sample indices of each micro-batch of a rank.
+
+    Further arguments, by keyword: accumulation, rank, world_size, seed, shuffle, start and stop (positions of
+    the run). `indices(positions)` returns the samples at positions (dataset.sampler.GlobalBatchSampler).
+    """
+
+    type: Callable
 
 
 @dataclass
@@ -162,6 +155,7 @@ class NativeOptions:
     save may take; then the run ends.
     run_id: what the checkpoints and metrics of this run are known by.
     mem_constraint: GiB of a device that nnScaler's autodist may use; our own plan is made before.
+    device_tflops: a device's rate of dense bf16 products, for MFU; None: unknown.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -172,6 +166,7 @@ class NativeOptions:
     timeout_seconds: int = 600
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     mem_constraint: float | None = None
+    device_tflops: float | None = None
 
 
 @dataclass
@@ -188,6 +183,7 @@ class TrainerArgs:
     model: ModelConfig
     optimizer: OptimizerConfig
     dataset: DatasetConfig
+    dataset_sampler: DatasetSamplerConfig
     dataloader: DataloaderConfig
     max_train_steps: int
     pas_policy: str = "autodist"

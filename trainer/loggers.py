@@ -71,7 +71,14 @@ class Progress:
 
     def log_metrics(self, metrics: dict, step: int, tag: str) -> None:
         if tag == "val":
-            logger.info("step %d: val_loss=%.6f perplexity=%.4f", step, *metrics.values())
+            others = "".join(f" {name}={metrics[name]:.4f}" for name in list(metrics)[2:])
+            logger.info(
+                "step %d: val_loss=%.6f perplexity=%.4f%s",
+                step,
+                metrics["val_loss"],
+                metrics["perplexity"],
+                others,
+            )
         elif tag == "train":
             self._show(metrics, step)
 

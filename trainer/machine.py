@@ -1,4 +1,4 @@
-"""The limits of this machine: memory, cores, home folder, compiler and host name. Imports no torch."""
+"""The limits of this machine: memory, cores, bf16, home folder, compiler and host name."""
 
 import getpass
 import logging
@@ -12,7 +12,10 @@ import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +133,41 @@ def _quota(folder: Path) -> float | None:
     if quota in (None, "max") or not period:
         return None
     return int(quota) / int(period)
+
+
+# ---------------------------------------------------------------- bf16
+
+
+def computes_in_bf16(device: "torch.device") -> bool:
+    """Return whether the device has fast bf16 matrix products, as torch's own dispatch decides it.
+
+    Elsewhere torch only emulates them: on a CPU with AVX2 alone they take 5 to 100 times as long as fp32's.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # another torch may have renamed the private operator
+        capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bw") or capabilities.get("bf16"))  # x86, Arm
+
+
+def preferred_precision(device: "torch.device") -> str:
+    """Return what --precision=auto means on the device: bf16 where it computes in it, else fp32."""
+    return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def slow_bf16_reason(device: "torch.device") -> str:
+    """Return why a device without bf16 is slow in it, for people."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} only emulates bf16"
+    return "this CPU has no fast bf16"
 
 
 # ---------------------------------------------------------------- home folder

@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.tensorfile import Box
+from trainer.trainable import TrainableModel
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the master weights' own fp32
 
@@ -28,7 +29,7 @@ def pick_device() -> torch.device:
 
 
 def parallelize(
-    model: nn.Module,
+    model: TrainableModel,
     device: torch.device,
     precision: str,
     recompute: str | int,
@@ -44,14 +45,13 @@ def parallelize(
     dp_replicate: how many groups of ranks hold a whole model each, sharded inside the group.
     reshard_after_forward: free a layer's gathered weights after its forward, and gather them for backward.
     """
-    layer_class = getattr(model, "layer_class", ())
-    layers = [module for module in model.modules() if layer_class and isinstance(module, layer_class)]
+    layers = model.layers
     # Replacing forward, not the module, keeps parameter names, and FSDP's hooks stay outside of the graph.
     for layer in layers[: {"none": 0, "selective": None, "full": None}.get(recompute, recompute)]:
         layer.forward = _recomputing(layer.forward, recompute == "selective")
     for layer in layers if compile_layers else []:
         layer.forward = torch.compile(layer.forward, dynamic=False)
-    if compile_layers and hasattr(model, "compile_loss"):
+    if compile_layers:
         model.compile_loss(functools.partial(torch.compile, dynamic=True))
     # Consecutive ranks share a replica: they are the ones of a node.
     shape = (dp_replicate, dist.get_world_size() // dp_replicate)
@@ -61,7 +61,7 @@ def parallelize(
     dtypes = dict(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     ignored = _cast_frozen(model, device, dtypes["param_dtype"] or torch.float32, whole=shape[1] == 1)
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
-    alone = getattr(model, "sharded_alone", [])
+    alone = model.sharded_alone
     for module in [*layers, *alone, model]:
         reshard = None if reshard_after_forward or module not in layers else False  # None: all but the root
         how = dict(mesh=mesh, mp_policy=policy, ignored_params=ignored)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from trainer import parallel, ranks
 from trainer.args import NativeOptions, TrainerArgs
 from trainer.checkpoint import Checkpoint, CheckpointError, json_digest
+from trainer.tensorfile import Box
+from trainer.trainable import TrainableModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def keep_freed_memory() -> None:
 
 def build_model(
     args: TrainerArgs, options: NativeOptions, device: torch.device, resumed: Checkpoint | None
-) -> tuple[torch.nn.Module, dict[torch.nn.Parameter, str]]:
+) -> tuple[TrainableModel, dict[torch.nn.Parameter, str]]:
     """The sharded model, and the name of each parameter in checkpoints."""
     model = args.model.type(**args.model.args)
     layout = options.layout
@@ -55,7 +57,7 @@ def build_model(
     return model, ranks.together(fill_weights, model, resumed)
 
 
-def frozen_digest(model: torch.nn.Module, resumed: Checkpoint | None) -> str | None:
+def frozen_digest(model: TrainableModel, resumed: Checkpoint | None) -> str | None:
     """The checksum of the weights that the model reads from files and does not train; None: it trains all.
 
     Each rank reads its part of them. Raises CheckpointError if the checkpoint was trained on other weights.
@@ -70,24 +72,23 @@ def frozen_digest(model: torch.nn.Module, resumed: Checkpoint | None) -> str | N
     return digest
 
 
-def pretrained(model: torch.nn.Module) -> Checkpoint | None:
+def pretrained(model: TrainableModel) -> Checkpoint | None:
     """The model's weight files opened; None: it has none."""
-    files = model.weight_files() if hasattr(model, "weight_files") else None
+    files = model.weight_files()
     return Checkpoint.of_weights(files) if files else None
 
 
 @torch.no_grad()
-def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> dict[torch.nn.Parameter, str]:
+def fill_weights(model: TrainableModel, resumed: Checkpoint | None = None) -> dict[torch.nn.Parameter, str]:
     """Fills the parameters, and returns the name in checkpoints of each that is trained.
 
     These come from the checkpoint, and frozen ones from the model's weight_files(). Without a checkpoint all
     come from the files, but what is trained beside frozen ones, or without files, from initial_values().
     Raises CheckpointError for a tensor that is missing, that the model lacks, or that has another shape.
     """
-    rename = getattr(model, "checkpoint_name", str)
     trained, frozen = {}, {}
     for name, parameter in model.named_parameters():
-        (trained if parameter.requires_grad else frozen)[parameter] = rename(name)
+        (trained if parameter.requires_grad else frozen)[parameter] = model.checkpoint_name(name)
     base = pretrained(model) if frozen or not resumed else None
     if frozen:
         _fill(model, frozen, base)
@@ -96,7 +97,7 @@ def fill_weights(model: torch.nn.Module, resumed: Checkpoint | None = None) -> d
     return trained
 
 
-def _fill(model: torch.nn.Module, names: dict, source: Checkpoint | None, prefix: str = "") -> None:
+def _fill(model: TrainableModel, names: dict, source: Checkpoint | None, prefix: str = "") -> None:
     tensors = source.tensors if source else {}
     held = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
     if surplus := sorted(held - set(names.values())):
@@ -108,9 +109,18 @@ def _fill(model: torch.nn.Module, names: dict, source: Checkpoint | None, prefix
         box, out = parallel.local_box(parameter), parallel.local(parameter)
         if source:
             source.read(prefix + name, box, out, tuple(parameter.shape))
-        elif hasattr(model, "initial_values") and box.size:
-            start = box.offsets[0] * math.prod(parameter.shape[1:])  # FSDP's boxes are runs of whole rows
-            out.copy_(model.initial_values(name, start, start + box.size).view(box.shape))
+        elif box.size:
+            _fill_fresh(model, name, parameter.shape, box, out)
+
+
+def _fill_fresh(model: TrainableModel, name: str, shape: torch.Size, box: Box, out: torch.Tensor) -> None:
+    """Fill a box of a fresh parameter, which must be a run of whole rows, as FSDP's are."""
+    if box.shape[1:] != tuple(shape[1:]):
+        raise ValueError(f"the shard {box.shape} of {name} {tuple(shape)} is not a run of whole rows")
+    start = box.offsets[0] * math.prod(shape[1:])
+    values = model.initial_values(name, start, start + box.size)
+    if values is not None:
+        out.copy_(values.view(box.shape))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from errors import TrainingFailed, UserError
-from trainer import devices, folders, parallel, ranks, setup
+from trainer import folders, parallel, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointName, lineage
+from trainer.loading import load_batches
 from trainer.loggers import log_save, perplexity
-from trainer.sampler import GlobalBatchSampler, load_batches
 from trainer.saver import Saver
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,41 @@ class TrainState:
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """A step's mean loss in nats per target, its gradient norm, its tokens, and the model's own metrics."""
+
+    loss: float
+    gnorm: float
+    tokens: int
+    is_finite: bool
+    metrics: dict[str, float]
+
+
+class MetricSums:
+    """Adds up what TrainableModel.forward returns, over micro-batches."""
+
+    def __init__(self):
+        self.values: dict[str, torch.Tensor] = {}
+
+    def add(self, outputs: dict[str, torch.Tensor]) -> None:
+        """Add the sums of one micro-batch, in float64."""
+        for name, value in outputs.items():
+            self.values[name] = self.values.get(name, 0.0) + value.detach().double()
+
+    def means(self, totals: list[float]) -> tuple[dict[str, float], float]:
+        """Return each metric's mean by its name, and the number of targets.
+
+        totals: `values`, summed over the ranks. Without targets every mean is nan.
+        """
+        by_name = dict(zip(self.values, totals, strict=True))
+        targets = by_name.pop("targets")
+        means = {}
+        for name, total in by_name.items():
+            means[name.removesuffix("_sum")] = total / targets if targets else math.nan
+        return means, targets
+
+
 class Trainer:
     """Runs TrainerArgs on every rank that torchrun started, or on a single one without it.
 
@@ -56,11 +92,12 @@ class Trainer:
             )
         self.args, self.options = train_args, options or NativeOptions()
         self.device = parallel.pick_device()
-        self.kind = devices.of(self.device)
         self.save_dir = Path(train_args.checkpoint.save_dir)
         self.state, self.loggers = TrainState(), []
         self.signals = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), False)
         self.step_seconds, self._save_postponed, self._log_problem = 0.0, False, ""
+        self._skipped_in_a_row = 0
+        self._flops_per_token: float | None = None
 
     def run(self) -> None:
         """Trains to the end. A SIGTERM saves and exits with 143, a Ctrl-C with 130."""
@@ -85,7 +122,7 @@ class Trainer:
         """The validation loss of the pretrained model, or of the checkpoint that `resume_from` names."""
         with ranks.process_group():
             self.build()
-            return self.validate()
+            return self.validate()["loss"]
 
     def build(self) -> None:
         """Builds the model with its weights and opens the datasets: all that validation needs."""
@@ -159,51 +196,97 @@ class Trainer:
         logger.info("resumed from %s: step %d, %d samples seen", source.path, step, samples)
 
     def _train(self) -> None:
-        args, state, accumulation = self.args, self.state, self.args.grad_accumulation_steps
+        args = self.args
+        state = self.state
         if self.device.type == "cpu":
             setup.keep_freed_memory()
-        sizes = (len(self.train_set), args.micro_batch_size, accumulation, self.rank, self.world_size)
-        self.sampler = GlobalBatchSampler(*sizes, args.seed, start=state.samples)
+        self.sampler = args.dataset_sampler.type(
+            len(self.train_set),
+            args.micro_batch_size,
+            accumulation=args.grad_accumulation_steps,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=args.seed,
+            start=state.samples,
+        )
         batches = load_batches(self.train_set, self.sampler, args.dataloader.train_args, self.device)
         self._validate_before_the_first_step()
-        first, skipped_in_a_row = state.step, 0
+        first = state.step
+        self._step_ended = time.perf_counter()
         while state.step < args.max_train_steps:
-            began, epoch = time.perf_counter(), self._epoch()
+            epoch = self._epoch()
             self.watchdog.note(f"step {state.step + 1}", times=10 if state.step == first else 1)
-            micro_batches = [next(batches) for _ in range(accumulation)]
-            data_seconds = time.perf_counter() - began
-            metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-            metrics["train_loss"], metrics["gnorm"], tokens, finite = self._train_step(micro_batches)
-            state.step += 1
-            state.samples += args.global_batch_size
-            state.tokens += tokens
-            state.updates += finite
-            self._step_scheduler(1)
-            self.step_seconds = time.perf_counter() - began
-            news = (self._stop_code(), self.saver.failed, self.signals[signal.SIGUSR1])
-            memory, stopped, save_failed, save_wanted = self._largest(peak_memory_gib(self.device), *news)
-            metrics |= {"tokens": state.tokens, "tokens_per_second": tokens / self.step_seconds}
-            metrics |= {"step_seconds": self.step_seconds, "data_seconds": data_seconds}
-            metrics["peak_memory_gib"] = memory
-            metrics |= self._utilization(metrics["tokens_per_second"], micro_batches[0])
+            result, metrics = self._next_step(batches)
+            stopped, save_failed, save_wanted = self._end_step(metrics, result.tokens)
             if save_failed:
                 self.saver.wait()  # raises on every rank
-            if finite:
-                self.saver.confirm()
-            else:
-                positions = np.arange(state.samples - args.global_batch_size, state.samples)
-                metrics["skipped_samples"] = self.sampler.indices(positions).tolist()
-            self._log(metrics, "train")
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if skipped_in_a_row >= self.options.max_skipped_steps:
-                self.saver.retreat()
-                raise TrainingFailed(
-                    f"the loss or the gradient norm was not finite for {skipped_in_a_row} steps in a row, "
-                    f"until step {state.step}: {self.saver.last_good()}. Lower --learning_rate, raise "
-                    "--warmup_steps, or look at the samples that metrics.jsonl names"
-                )
-            self._save_and_validate(epoch, finite, bool(save_wanted), int(stopped))
+            self._log_step({"epoch": epoch, **metrics}, result.is_finite)
+            if self._save_and_validate(epoch, result.is_finite, bool(save_wanted), int(stopped)):
+                self._step_ended = time.perf_counter()  # no part of the next step
         self._finish()
+
+    def _next_step(self, batches: Iterator[dict]) -> tuple["StepResult", dict[str, float]]:
+        """Take a step on the next global batch, and count it; return it and its metrics so far."""
+        state = self.state
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(self.args.grad_accumulation_steps)]
+        data_seconds = time.perf_counter() - began
+        lr = self.optimizer.param_groups[0]["lr"]
+        result = self._train_step(micro_batches)
+        state.step += 1
+        state.samples += self.args.global_batch_size
+        state.tokens += result.tokens
+        state.updates += result.is_finite
+        self._step_scheduler(1)
+        metrics = {
+            "lr": lr,
+            "train_loss": result.loss,
+            "gnorm": result.gnorm,
+            "tokens": state.tokens,
+            "data_seconds": data_seconds,
+            **result.metrics,
+        }
+        self._flops_per_token = self.model.flops_per_token(micro_batches[0])
+        return result, metrics
+
+    def _end_step(self, metrics: dict[str, float], tokens: int) -> list[float]:
+        """Add the step's time to its metrics; return which exit code, failed save and save the ranks ask for.
+
+        The reduction waits for the device, so that the optimizer's work is inside the step's time.
+        """
+        memory, *requests = self._largest(
+            peak_memory_gib(self.device),
+            self._stop_code(),
+            self.saver.failed,
+            self.signals[signal.SIGUSR1],
+        )
+        now = time.perf_counter()
+        self.step_seconds = now - self._step_ended
+        self._step_ended = now
+        metrics["tokens_per_second"] = tokens / self.step_seconds
+        metrics["step_seconds"] = self.step_seconds
+        metrics["peak_memory_gib"] = memory
+        metrics |= self._utilization(metrics["tokens_per_second"])
+        return requests
+
+    def _log_step(self, metrics: dict, is_finite: bool) -> None:
+        """Log the step. Raises TrainingFailed if too many in a row were skipped."""
+        if is_finite:
+            self.saver.confirm()
+            self._skipped_in_a_row = 0
+        else:
+            batch = self.args.global_batch_size
+            positions = np.arange(self.state.samples - batch, self.state.samples)
+            metrics["skipped_samples"] = self.sampler.indices(positions).tolist()
+            self._skipped_in_a_row += 1
+        self._log(metrics, "train")
+        if self._skipped_in_a_row >= self.options.max_skipped_steps:
+            self.saver.retreat()
+            raise TrainingFailed(
+                f"the loss or the gradient norm was not finite for {self._skipped_in_a_row} steps in a row, "
+                f"until step {self.state.step}: {self.saver.last_good()}. Lower --learning_rate, raise "
+                "--warmup_steps, or look at the samples that metrics.jsonl names"
+            )
 
     def _finish(self) -> None:
         (self.grown_gib,) = self._largest(peak_memory_gib(self.device) - self.memory_before_gib)
@@ -214,45 +297,47 @@ class Trainer:
         if self._log_problem:
             self._leave(LOG_FAILED)
 
-    def _train_step(self, micro_batches: list[dict]) -> tuple[float, float, int, bool]:
+    def _train_step(self, micro_batches: list[dict]) -> "StepResult":
         """Zero, accumulate, reduce, clip, update.
 
-        Returns the global batch's mean loss in nats per target, its gradient norm, its tokens, and whether
-        the two are finite. Otherwise the update is skipped; all ranks skip together, as both are sums over
-        all ranks.
+        An update whose loss or gradient norm is not finite is skipped; all ranks skip together, as both are
+        sums over all ranks.
         """
         self.optimizer.zero_grad()
-        loss_sum, targets, tokens = 0.0, 0, 0
+        sums = MetricSums()
+        tokens = 0
         for batch in micro_batches:
             if not self.options.layout.reshard_after_forward:  # the weights change after the last one
                 self.model.set_reshard_after_backward(batch is micro_batches[-1])
-            loss, detached, count = self.model(batch)
-            loss.backward()  # FSDP sums the gradients over the ranks
-            loss_sum, targets = loss_sum + detached.double(), targets + count
+            outputs = self.model(batch)
+            outputs["loss_sum"].backward()  # FSDP sums the gradients over the ranks
+            sums.add(outputs)
             tokens += batch["num_tokens"]
-        loss_sum, targets, tokens = self._sum(loss_sum, targets, tokens)
+        *totals, tokens = self._sum(*sums.values.values(), tokens)
+        means, targets = sums.means(totals)
+        loss = means.pop("loss")
         gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
         norm = parallel.whole(torch.nn.utils.get_total_norm(gradients)).item()
-        loss, gnorm = (loss_sum / targets, norm / targets) if targets else (math.nan, math.nan)
-        finite = math.isfinite(loss) and math.isfinite(gnorm)
-        if finite:
+        gnorm = norm / targets if targets else math.nan
+        is_finite = math.isfinite(loss) and math.isfinite(gnorm)
+        if is_finite:
             limit = self.args.optimizer.clip_gnorm
             clip = min(1.0, limit / (gnorm + 1e-6)) if limit else 1.0
             torch._foreach_mul_([parallel.local(gradient) for gradient in gradients], clip / targets)
             self.optimizer.step()
-        return loss, gnorm, int(tokens), finite
+        return StepResult(loss, gnorm, int(tokens), is_finite, means)
 
-    def _utilization(self, tokens_per_second: float, batch: dict) -> dict[str, float]:
-        """The share of the devices' bf16 rate that the model's operations take, where the rate is known."""
-        flops_per_token = getattr(self.model, "flops_per_token", None)
-        if not (self.kind and flops_per_token):
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """Return the share of the devices' bf16 rate that the model's operations take, if it is known."""
+        tflops = self.options.device_tflops
+        if tflops is None or self._flops_per_token is None:
             return {}
-        return {
-            "mfu": tokens_per_second * flops_per_token(batch) / (self.kind.tflops * 1e12 * self.world_size)
-        }
+        return {"mfu": tokens_per_second * self._flops_per_token / (tflops * 1e12 * self.world_size)}
 
-    def _save_and_validate(self, epoch: int, finite: bool, wanted: bool, stopped: int) -> None:
-        """Does what is due after a step: first the save, then the validation, then `best`.
+    def _save_and_validate(self, epoch: int, finite: bool, wanted: bool, stopped: int) -> bool:
+        """Do what is due after a step: first the save, then the validation, then `best`.
+
+        Returns whether anything was due.
 
         wanted: a signal asks for a save. stopped: what `_stop_code` says on some rank.
         """
@@ -275,6 +360,7 @@ class Trainer:
             self._leave(stopped)
         if val_due:
             self._validate_and_log(saved)
+        return bool(saved) or val_due
 
     def _end_on_a_skipped_step(self, name: CheckpointName) -> None:
         self._save(name, validation_due=False, move_last=False)
@@ -301,22 +387,27 @@ class Trainer:
         sys.exit(code)
 
     @torch.no_grad()
-    def validate(self) -> float | None:
-        """The mean loss of the validation set in nats per target; None: a signal came first."""
-        sizes = (len(self.val_set), self.args.micro_batch_size, 1, self.rank, self.world_size)
-        sampler = GlobalBatchSampler(*sizes, shuffle=False, stop=len(self.val_set))
-        loss_sum, targets = 0.0, 0
+    def validate(self) -> dict[str, float] | None:
+        """Return the means of the validation set a target, the loss in nats; None: a signal came first."""
+        sampler = self.args.dataset_sampler.type(
+            len(self.val_set),
+            self.args.micro_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            shuffle=False,
+            stop=len(self.val_set),
+        )
+        sums = MetricSums()
         self.model.eval()
         try:
             for batch in load_batches(self.val_set, sampler, self.args.dataloader.train_args, self.device):
                 if self._largest(self._stop_code())[0]:
                     return None
-                _, detached, count = self.model(batch)
-                loss_sum, targets = loss_sum + detached.double(), targets + count
+                sums.add(self.model(batch))
         finally:
             self.model.train()
-        loss_sum, targets = self._sum(loss_sum, targets)
-        return loss_sum / targets if targets else math.nan
+        means, _ = sums.means(self._sum(*sums.values.values()))
+        return means
 
     def _validate_and_log(self, saved: CheckpointName | None) -> None:
         """Validates. `saved` is this step's checkpoint, if there is one.
@@ -324,13 +415,14 @@ class Trainer:
         A signal ends the run at once: the step is saved, and a resume repeats the validation.
         """
         self.watchdog.note(f"the validation of step {self.state.step}", times=10)
-        val_loss = self.validate()
-        if val_loss is None:
+        means = self.validate()
+        if means is None:
             if not saved:
                 self._save(CheckpointName(self._epoch(), self.state.step), validation_due=True)
             self._leave(int(self._largest(self._stop_code())[0]))
-        metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss)}
-        self._log(metrics, "val")
+        val_loss = means.pop("loss")
+        others = {f"val_{name}": mean for name, mean in means.items()}
+        self._log({"val_loss": val_loss, "perplexity": perplexity(val_loss), **others}, "val")
         if not math.isfinite(val_loss):
             self._end_on_a_bad_validation(val_loss)
         if saved and self.rank == 0:

@@ -48,7 +48,7 @@ def table_bytes(column, name: str = "text", **options) -> bytes:
 
 def prepare_records(folder: Path, tokenizer, records: list, name: str = "p", T: int = 64, **settings) -> Path:
     """Write the records as a .jsonl file and prepare it at `folder / name`."""
-    from llama3.data import prepare
+    from dataset.prepare import prepare
 
     return prepare(str(write_jsonl(folder / "a.jsonl", records)), tokenizer, folder / name, T, **settings)
 

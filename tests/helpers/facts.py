@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dataset.sampler import GlobalBatchSampler
 from trainer import args as interface
 from trainer.checkpoint import Checkpoint
 from trainer.loggers import JsonlLogger, TensorBoardLogger
+from trainer.trainable import TrainableModel
 from trainer.trainer import Trainer
 
 
-class Net(nn.Module):
+class Net(TrainableModel):
     """Predicts the sum of four numbers, for each of T tokens; the invalid tokens have no target."""
 
     def __init__(self, dropout: float = 0.0):
@@ -23,8 +25,7 @@ class Net(nn.Module):
     def forward(self, batch):
         x = batch["x"].to(self.body[0].weight.dtype)  # (B, T, 4)
         error = (self.body(x).squeeze(-1) - x.sum(-1)).square()  # (B, T)
-        loss_sum = (error * batch["valid"]).sum()
-        return loss_sum, loss_sum.detach(), batch["valid"].sum()
+        return {"loss_sum": (error * batch["valid"]).sum(), "targets": batch["valid"].sum()}
 
 
 def make_set(samples: int = 20) -> list[dict]:
@@ -48,6 +49,7 @@ def train(folder: Path, steps=12, dropout=0.0, resume=None, **more):
         model=interface.ModelConfig(Net, {"dropout": dropout}),
         optimizer=interface.OptimizerConfig(torch.optim.AdamW, {"lr": 0.01}),
         dataset=interface.DatasetConfig(make_set, {}, {"samples": 7}),
+        dataset_sampler=interface.DatasetSamplerConfig(GlobalBatchSampler),
         dataloader=interface.DataloaderConfig({"collate_fn": collate}),
         checkpoint=interface.CheckpointConfig(folder / "ckpt", 1, None, resume),  # every step
         log=[interface.LogConfig(log, {"log_dir": folder / "log"}) for log in logs],

@@ -167,8 +167,9 @@ def assert_same(run: Path, whole: Path, first_step: int = 1) -> None:
 
 def import_all() -> None:
     """Imports what a run needs, so that it costs a fork no time, and a measurement no memory."""
-    modules = "train llama3.adapters llama3.data llama3.export llama3.model llama3.sample trainer.engine "
-    modules += "trainer.trainer trainer.planner trainer.measure tools.curves datasets peft matplotlib.figure "
+    modules = "train llama3.adapters dataset.prepare dataset.batches llama3.export llama3.model "
+    modules += "llama3.sample trainer.engine "
+    modules += "trainer.trainer plan.planner plan.measure tools.curves datasets peft matplotlib.figure "
     modules += "torch.utils.tensorboard torch._inductor.compile_fx torch.distributed._tools.fsdp2_mem_tracker"
     for module in [*modules.split(), "transformers.models.llama.modeling_llama"]:
         with contextlib.suppress(ImportError):  # peft is missing where nnScaler is

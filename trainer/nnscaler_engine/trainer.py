@@ -23,7 +23,6 @@ from trainer import checkpoint, folders, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs
 from trainer.loggers import perplexity
 from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
-from trainer.sampler import GlobalBatchSampler
 from trainer.trainer import TrainState, peak_memory_gib
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class Trainer:
 
     def _translate(self, hook: "RunHook") -> "NnScalerArgs":
         ours, mean = self.args, "per-token-mean"
-        traced_class = pkgutil.resolve_name(ours.model.type.for_tracing)
+        traced_class = pkgutil.resolve_name(ours.model.type.traced_class)
         for function, dims in getattr(traced_class, "whole_functions", {}).items():
             nnscaler.register_op(dims)(function)
         recomputed = traced_class.layer_class.__name__ if self.options.layout.recompute == "full" else ""
@@ -120,7 +119,9 @@ class Trainer:
             log=[],
             hook=cli.HookConfig(lambda _: hook),
         )
-        return NnScalerArgs(**{**vars(ours), **changed})
+        arguments = NnScalerArgs(**{**vars(ours), **changed})
+        arguments.sampler_type = ours.dataset_sampler.type
+        return arguments
 
 
 class NnScalerArgs(cli.TrainerArgs):
@@ -145,7 +146,7 @@ class NnScalerArgs(cli.TrainerArgs):
             return None
         place = dict(rank=dist.get_rank() // self.compute_config.plan_ngpus, world_size=self.scaling_factor)
         order = dict(shuffle=False, stop=len(dataset)) if stage == "val" else self.dataset_sampler.train_args
-        sampler = GlobalBatchSampler(len(dataset), self.micro_batch_size, **place, **order)
+        sampler = self.sampler_type(len(dataset), self.micro_batch_size, **place, **order)
         # The global generator's state must not depend on how many loaders were started.
         options = dict(self.dataloader.train_args, generator=torch.Generator())
         return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, **options)

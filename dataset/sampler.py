@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
@@ -54,13 +52,3 @@ class GlobalBatchSampler:
             return offsets
         orders = (epoch_order(self.num_samples, self.seed, int(epoch)) for epoch in epochs)
         return np.array([order[offset] for order, offset in zip(orders, offsets, strict=True)], np.int64)
-
-
-def load_batches(
-    dataset, sampler: GlobalBatchSampler, loader_args: dict, device: torch.device
-) -> Iterator[dict]:
-    """Yields the sampler's batches on the device. loader_args: keyword arguments of torch's DataLoader."""
-    # The global generator's state must not depend on how many loaders were started.
-    for batch in DataLoader(dataset, batch_sampler=sampler, generator=torch.Generator(), **loader_args):
-        tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-        yield batch | {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}

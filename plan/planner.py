@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from errors import UserError
-from trainer import measure
-from trainer.devices import Device
+from plan import measure
+from plan.devices import Device
 
 GIB = 2**30
 MODES = ("none", "selective", "full")

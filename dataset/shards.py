@@ -16,10 +16,9 @@ import pyarrow as pa
 import xxhash
 from datasets.utils import tqdm
 
-from errors import UserError
-from llama3.assets import naming
-from llama3.encode import Encoder
-from llama3.sources import Document
+from dataset.encode import Encoder
+from dataset.sources import Document
+from errors import UserError, naming
 
 SHARD_BYTES = 2 << 20  # of text, which is tokenized at once; a kill loses one shard per process
 # A row is a document, with values for each token, or the problem of one. The key decides the split.

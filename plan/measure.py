@@ -52,7 +52,7 @@ def facts(model: Model) -> dict:
 
 def _facts(model: Model) -> dict:
     module = model.make(None)
-    layers = [m for m in module.modules() if isinstance(m, module.layer_class)]
+    layers = module.layers
     repeated = {parameter for layer in layers for parameter in layer.parameters()}
     groups = dict(layer=layers[0].parameters(), others=[p for p in module.parameters() if p not in repeated])
     found = {
@@ -61,7 +61,7 @@ def _facts(model: Model) -> dict:
     products = sum((6 if p.requires_grad else 4) * math.prod(p.shape) for p in repeated if p.ndim == 2)
     once, twice = (module.flops_per_token({"input_ids": torch.empty(1, n * model.tokens)}) for n in (1, 2))
     found["flops"] = dict(layers=products, head=2 * once - twice - products, attention=twice - once)
-    return found | dict(layers=len(layers), longest_sample=getattr(module, "longest_sample", None))
+    return found | dict(layers=len(layers), longest_sample=module.longest_sample)
 
 
 def parameters(model: Model) -> tuple[int, int]:
@@ -110,7 +110,7 @@ def measure(
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         batch, tracker = model.batch(rows), FSDPMemTracker(module)
         with tracker, _NothingIgnored():
-            module(batch)[0].backward()
+            module(batch)["loss_sum"].backward()
         stats = {m: stat.snapshots for m, stat in tracker.memory_tracking.items()}
         local = [(parallel.local(p).nbytes, p.requires_grad) for p in module.parameters()]
         weights, trained = sum(size for size, _ in local), sum(size for size, trained in local if trained)

@@ -8,9 +8,9 @@ from itertools import chain
 import numpy as np
 from jinja2 import TemplateError
 
+from dataset.sources import BadSample, Document
 from errors import UserError
-from llama3.assets import document_separator
-from llama3.sources import BadSample, Document
+from tokens import document_separator
 
 SURROGATES = 0xD800  # no text has one, so each can stand for a control token's name inside a message
 # Part of a document: a text or a control token's id, and whether it is learned.

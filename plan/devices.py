@@ -81,31 +81,3 @@ def at_hand(device: torch.device, node_ranks: int) -> Device:
         return cpu._replace(**{name: getattr(cpu, name) / node_ranks for name in shared})
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     return (of(device) or DEVICES["a100-80g"])._replace(memory_gib=memory_gib)
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Return whether the device has fast bf16 matrix products, as torch's own dispatch decides it.
-
-    Elsewhere torch only emulates them: on a CPU with AVX2 alone they take 5 to 100 times as long as fp32's.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except AttributeError:  # another torch may have renamed the private operator
-        capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bw") or capabilities.get("bf16"))  # x86, Arm
-
-
-def preferred_precision(device: torch.device) -> str:
-    """Return what --precision=auto means on the device: bf16 where it computes in it, else fp32."""
-    return "bf16" if computes_in_bf16(device) else "fp32"
-
-
-def slow_bf16_reason(device: torch.device) -> str:
-    """Return why a device without bf16 is slow in it, for people."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} only emulates bf16"
-    return "this CPU has no fast bf16"

@@ -1,0 +1,1 @@
+"""Memory and speed of a run, predicted before a GPU is rented."""
