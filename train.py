@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cli import checks, config_file, doctor, early, export, plan, report, settings
+from cli import checks, doctor, early, export, plan, report, settings
 from cli import config as flags
+from cli import run as run_setup
 from cli.config import Command
 from cli.settings import is_first_rank, world_size
 from errors import TrainingFailed, UserError
@@ -108,232 +109,74 @@ def joined(command: Command) -> Iterator[None]:
 
 
 def build_trainer(command: Command) -> tuple[Any, bool]:
-    """Return the Trainer of this run, and whether it starts fresh.
+    """Return the Trainer of the command's run, and whether it starts fresh. Needs a process group."""
+    from trainer import ranks
 
-    Needs a process group. An error on one rank is raised on all.
-    """
-    from trainer import engine, parallel, ranks
-
-    preferred = ranks.by_first_rank(machine.preferred_precision, parallel.pick_device())
-    command = settings.resolve_precision(command, preferred)
-    config = command.config
-    engine_name = "native"  # which evaluates
-    if config.mode == "train":
-        is_adapter = config.lora_rank is not None
-        partitioning = settings.partitioning_flags(config)
-        engine_name = ranks.together(engine.choose, config.engine, is_adapter, partitioning)
-    resumed = engine.open_resumed(config.resume_from, config.save_dir, engine_name)
-    trainer, facts = ranks.together(prepare_trainer, command, engine_name, resumed, preferred)
-    ranks.compare(facts)
-    return trainer, resumed is None
+    run = run_setup.prepare(command)
+    trainer = ranks.together(make_trainer, run)
+    return trainer, run.resumed is None
 
 
-def prepare_trainer(
-    command: Command, engine_name: str, resumed, preferred: str
-) -> tuple[Any, dict[str, Any]]:
-    """Return the Trainer, and what the ranks must have in common. Raises UserError.
-
-    resumed: a checkpoint or None. preferred: the meaning of --precision=auto, which rank 0 decides for all.
-    """
+def make_trainer(run: run_setup.Run):
+    """Return the Trainer of a run: data, model, optimizer, schedule and checkpoints, in nnScaler's terms."""
     import torch
 
-    from llama3 import assets
-    from trainer import engine
-    from trainer.checkpoint import json_digest
+    from dataset.batches import Collator, open_split
+    from dataset.sampler import GlobalBatchSampler
+    from llama3.model import Llama
+    from trainer import args, engine
 
-    state = resumed.state if resumed else {}
-    command = resolve(command, engine_name, resumed, preferred)
-    config = command.config
-    is_training = config.mode == "train"
-    model_config = assets.load_config(config.model_id, config.num_hidden_layers)
-    fingerprint, samples = checks.check_data(command, model_config, state)
-    if resumed:
-        checks.check_same_model(resumed.path, model_config, state)
-    checks.check_adapter(command, resumed.path if resumed else None, state)
-    if is_training:
-        checks.check_reporters(config)
-    checks.warn_about_ineffective_flags(command, model_config, is_fresh=not resumed)
-    layout, batch = decide_layout(command, engine_name, state)
-    settings.warn_about_changed_layout(layout, state)
-    if not config.from_scratch and (config.lora_rank or not resumed):
-        assets.weight_files(config.model_id)  # downloads them now, so that no rank waits for it later
-    train_args = trainer_args(command, model_config, resumed, fingerprint, layout, batch)
-    if is_training:
-        check_enough_samples(config, samples, train_args)
-    elif not train_args.dataset.val_args:
-        raise UserError(
-            f"{config.dataset_path} has no validation samples",
-            "Prepare it with a larger --validation_fraction",
-        )
-    options = settings.engine_options(config, engine_name, layout)
-    facts = {
-        "data": fingerprint,
-        "the model": json_digest(model_config.to_dict()),
-        "torch": torch.__version__,
-        "the checkpoint": json_digest(state),
-        "the layout": str(layout),
-    }
-    return engine.trainer_class(engine_name)(train_args=train_args, options=options), facts
-
-
-def resolve(command: Command, engine_name: str, resumed, preferred: str) -> Command:
-    """Return the command with the checkpoint's flags, and with what `auto` means on this machine."""
-    config = command.config
-    if config.mode == "evaluate" and config.resume_from and not resumed:
-        raise UserError(
-            f"--resume_from={config.resume_from} is not a checkpoint in {config.save_dir}",
-            "Train first, or name another --save_dir or a path",
-        )
-    if resumed:
-        command = settings.resolve_precision(settings.resume_flags(command, resumed.state), preferred)
-    command = settings.resolve_compile(command, engine_name)
-    settings.warn_about_slow_bf16(command.config)
-    return command
-
-
-def decide_layout(command: Command, engine_name: str, state: dict[str, Any]) -> tuple[Any, int]:
-    """Return the Layout of the run and its global batch: the plan's, or without one the flags'."""
-    config = command.config
-    if config.mode == "train" and engine_name == "native":
-        planned = plan.planned(command, state)
-        if planned:
-            best, batch = planned
-            accumulation = best.grad_accumulation_steps
-            return settings.layout(config, engine_name, best, accumulation), batch
-    copies = world_size() // config.plan_ngpus if config.mode == "train" else world_size()
-    batch, accumulation = settings.global_batch(command, copies, state)
-    return settings.layout(config, engine_name, None, accumulation), batch
-
-
-def check_enough_samples(config: flags.Config, samples: int, train_args) -> None:
-    """Raise UserError if the training set is smaller than a global batch."""
-    batch = train_args.global_batch_size
-    if samples >= batch:
-        return
-    sizes = f"{train_args.micro_batch_size} x {train_args.grad_accumulation_steps}"
-    raise UserError(
-        f"{config.dataset_path} has {samples} training samples, and a global batch takes {batch} "
-        f"({sizes} x {train_args.scaling_factor} data-parallel ranks)",
-        "Prepare more text, or lower --micro_batch_size, --grad_accumulation_steps or --global_batch_size",
-    )
-
-
-def trainer_args(command: Command, model_config, resumed, fingerprint: str, layout, batch: int):
-    """Return what to train, in nnScaler's terms.
-
-    resumed: a checkpoint or None. fingerprint: the data's. batch: the samples of an optimizer step.
-    """
-    import torch
-
-    from dataset import batches, sampler
-    from llama3 import model
-    from trainer import args as interface
-
-    config = command.config
-    state = resumed.state if resumed else {}
-    train_set, val_set = split_arguments(config, model_config.vocab_size)
-    if config.val_every_n_train_steps and not val_set:
-        logger.warning("--val_every_n_train_steps, but %s has no validation set", config.dataset_path)
-    saved = run_description(config, model_config, fingerprint, layout, batch)
-    # Our engine evaluates, and does not partition.
-    plan_ngpus = config.plan_ngpus if config.mode == "train" else 1
-    optimizer = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-    collate = batches.Collator(config.max_seq_len, layout.micro_batch_size)
-    return interface.TrainerArgs(
-        compute_config=interface.ComputeConfig(plan_ngpus, runtime_ngpus=world_size()),
-        model=interface.ModelConfig(model.Llama, settings.model_arguments(config)),
-        optimizer=interface.OptimizerConfig(torch.optim.AdamW, optimizer, clip_gnorm=config.clip_gnorm),
-        lr_scheduler=interface.LRSchedulerConfig(
-            torch.optim.lr_scheduler.LambdaLR, {"lr_lambda": schedule(config, state)}
-        ),
-        dataset=interface.DatasetConfig(batches.open_split, train_set, val_set),
-        dataset_sampler=interface.DatasetSamplerConfig(sampler.GlobalBatchSampler),
-        dataloader=interface.DataloaderConfig(
-            {"collate_fn": collate, "pin_memory": torch.cuda.is_available()}
-        ),
-        checkpoint=interface.CheckpointConfig(
+    config = run.config
+    layout = run.layout
+    collate = Collator(config.max_seq_len, layout.micro_batch_size)
+    loader = {"collate_fn": collate, "pin_memory": torch.cuda.is_available()}
+    adamw = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    factor = schedule(config, run.last_step, run.saved_state)
+    description = run.description()
+    train_args = args.TrainerArgs(
+        dataset=args.DatasetConfig(open_split, run.train_set, run.val_set),
+        dataset_sampler=args.DatasetSamplerConfig(GlobalBatchSampler),
+        dataloader=args.DataloaderConfig(loader),
+        model=args.ModelConfig(Llama, settings.model_arguments(config)),
+        optimizer=args.OptimizerConfig(torch.optim.AdamW, adamw, clip_gnorm=config.clip_gnorm),
+        lr_scheduler=args.LRSchedulerConfig(torch.optim.lr_scheduler.LambdaLR, {"lr_lambda": factor}),
+        compute_config=args.ComputeConfig(run.plan_ngpus, runtime_ngpus=world_size()),
+        micro_batch_size=layout.micro_batch_size,
+        grad_accumulation_steps=layout.grad_accumulation_steps,
+        global_batch_size=run.global_batch_size,
+        max_train_steps=run.last_step,
+        checkpoint=args.CheckpointConfig(
             save_dir=config.save_dir,
             every_n_train_steps=config.save_every_n_train_steps,
             keep_last_n_checkpoints=config.keep_last_n_checkpoints,
-            resume_from=resumed.path if resumed else None,
+            resume_from=run.resumed.path if run.resumed else None,
         ),
-        log=logs(config),
-        hook=interface.HookMapConfig(
-            on_train_start=lambda _: save_flags(config, saved["config"]),
-            on_save_checkpoint=lambda _, state: state.update(saved),
-            on_train_end=functools.partial(report.summarize, command, state.get("step", 0), time.monotonic()),
+        log=logs(config, run.last_step),
+        hook=args.HookMapConfig(
+            on_train_start=lambda _: run.save_flags(),
+            on_save_checkpoint=lambda _, state: state.update(description),
+            on_train_end=functools.partial(report.summarize, run, time.monotonic()),
         ),
-        micro_batch_size=layout.micro_batch_size,
-        grad_accumulation_steps=layout.grad_accumulation_steps,
-        global_batch_size=batch,
-        **config.select("max_train_steps", "val_every_n_train_steps", "pas_policy", "precision", "seed"),
+        **config.select("val_every_n_train_steps", "pas_policy", "precision", "seed"),
     )
+    options = settings.engine_options(config, run.engine_name, layout)
+    return engine.trainer_class(run.engine_name)(train_args=train_args, options=options)
 
 
-def run_description(
-    config: flags.Config, model_config, fingerprint: str, layout, batch: int
-) -> dict[str, Any]:
-    """Return the part of a checkpoint's state that replaces this run's flags in a resume or an export."""
-    from dataset import check
-
-    return {
-        "config": run_flags(config, layout, batch),
-        "model": model_config.to_dict(),
-        "data": fingerprint,
-        "chat": check.holds_conversations(config.dataset_path),  # then --generate asks as a user does
-    }
-
-
-def run_flags(config: flags.Config, layout, batch: int) -> dict[str, Any]:
-    """Return the run's flags, resolved: those that only preparing takes are as the data were prepared."""
-    from dataset import preparation
-
-    values = config.select(*flags.SETTINGS)
-    preparation = preparation.read(config.dataset_path)
-    for name in checks.PREPARED_WITH:
-        values[name] = {**preparation, **preparation["settings"]}[name]
-    values["micro_batch_size"] = layout.micro_batch_size
-    values["global_batch_size"] = batch
-    return values
-
-
-def save_flags(config: flags.Config, values: dict[str, Any]) -> None:
-    """Write config.yaml beside the metrics and the checkpoints: --config=<that file> repeats the run."""
-    from trainer.folders import FLAGS_FILE
-
-    for folder in (config.log_dir, config.save_dir):
-        config_file.write(Path(folder, FLAGS_FILE), flags.repeatable(values))
-
-
-def split_arguments(config: flags.Config, vocab_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments that open the training set and the validation set, none for an empty one."""
-    from dataset import batches
-
-    common = {
-        "dataset_path": config.dataset_path,
-        "max_seq_len": config.max_seq_len,
-        "vocab_size": vocab_size,
-    }
-    train_set = {"split": "train", **common}
-    val_set = {"split": "validation", "max_samples": config.max_val_samples, **common}
-    if len(batches.open_split(**val_set)) == 0:
-        val_set = {}
-    return train_set, val_set
-
-
-def schedule(config: flags.Config, resumed_state: dict[str, Any]) -> Callable[[int], float]:
+def schedule(config: flags.Config, last_step: int, resumed_state: dict[str, Any]) -> Callable[[int], float]:
     """Return step -> factor of the learning rate: linear warmup, then constant, or to 0 at the last step."""
     warmup = config.warmup_steps
-    total = config.max_train_steps
     kind = config.lr_scheduler
-    before = resumed_state.get("config", {}).get("max_train_steps")
-    if kind != "constant" and before not in (None, total):
-        logger.warning("the %s schedule now ends at step %d, it was %d: the rate jumps", kind, total, before)
+    before = resumed_state.get("last_step")
+    if kind != "constant" and before not in (None, last_step):
+        logger.warning(
+            "the %s schedule now ends at step %d, it was %d: the rate jumps", kind, last_step, before
+        )
 
     def factor(step: int) -> float:  # step counts from 0
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        done = min(1.0, (step - warmup) / max(1, last_step - warmup))
         if kind == "linear":
             return 1.0 - done
         if kind == "cosine":
@@ -343,7 +186,7 @@ def schedule(config: flags.Config, resumed_state: dict[str, Any]) -> Callable[[i
     return factor
 
 
-def logs(config: flags.Config) -> list:
+def logs(config: flags.Config, last_step: int) -> list:
     """Return the loggers: metrics.jsonl, the progress that a person sees, and those of --report_to."""
     from trainer import loggers
     from trainer.args import LogConfig
@@ -351,7 +194,7 @@ def logs(config: flags.Config) -> list:
     log_dir = {"log_dir": config.log_dir}
     configs = [
         LogConfig(loggers.JsonlLogger, log_dir),
-        LogConfig(loggers.Progress, {"last_step": config.max_train_steps}),
+        LogConfig(loggers.Progress, {"last_step": last_step}),
     ]
     for name in config.reporters:
         arguments = dict(log_dir)

@@ -126,7 +126,7 @@ def warn_about_recompute(config: Config, layers: int) -> None:
         logger.warning("--recompute=%s, the model has %d layers", config.recompute, layers)
 
 
-def warn_about_ineffective_flags(command: Command, model_config, is_fresh: bool) -> None:
+def warn_about_ineffective_flags(command: Command, model_config, is_fresh: bool, last_step: int) -> None:
     """Warn of flags that the model or the run's length leaves without their effect."""
     config = command.config
     longest = model_config.max_position_embeddings
@@ -136,7 +136,5 @@ def warn_about_ineffective_flags(command: Command, model_config, is_fresh: bool)
     is_expected = command.is_explicit("from_scratch") or config.model_id == presets.LLAMA3_8B
     if config.from_scratch and is_fresh and not is_expected:
         logger.warning("fresh weights, not those of --model_id=%s", config.model_id)
-    if config.warmup_steps >= config.max_train_steps:
-        logger.warning(
-            "--warmup_steps=%d, but the run ends at step %d", config.warmup_steps, config.max_train_steps
-        )
+    if config.warmup_steps >= last_step:
+        logger.warning("--warmup_steps=%d, but the run ends at step %d", config.warmup_steps, last_step)

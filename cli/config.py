@@ -117,8 +117,9 @@ class Config:
     max_seq_len: int = _data(8192, "tokens in a sample", least=2)
     allow_changed_data: bool = _data(False, "resume on other data than the checkpoint's run had", **_once)
 
-    max_train_steps: int = _training(
-        1000, "optimizer steps, counted from the run's first", least=1, resumed=False, continued=True
+    max_train_steps: int | None = _training(1000, "optimizer steps, counted from the run's first", least=1)
+    max_epochs: int | None = _training(
+        None, "passes over the data, instead of --max_train_steps; both: the earlier end", least=1
     )
     global_batch_size: int | None = _training(
         None,
@@ -142,7 +143,14 @@ class Config:
     save_every_n_train_steps: int | None = _training(
         None, "save every n steps, not each epoch; always at the end", least=1
     )
-    keep_last_n_checkpoints: int | None = _training(None, "remove older ones; default: keep all", least=1)
+    save_every_n_minutes: float = _training(
+        30.0, "save when the last save is so long ago, without a validation", least=0.01
+    )
+    keep_last_n_checkpoints: int | None = _training(
+        None,
+        "keep the newest n; default: all, of those by time, epoch and SIGTERM three",
+        least=1,
+    )
     resume_from: str | None = _training(
         None, "last, best, a checkpoint folder, or a merged file", is_path=True, **_once
     )
@@ -251,6 +259,7 @@ DEFAULTS: dict[str, Any] = {entry.name: entry.default for entry in fields(Config
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
 PRESETS = {"demo": presets.DEMO, "mini": presets.MINI}
 LORA = ("lora_rank", "lora_alpha", "lora_targets")
+ENDS = ("max_train_steps", "max_epochs")
 MODES = tuple(name for name, flag in FLAGS.items() if flag.group.startswith("modes"))
 # A run's flags: all but the modes.
 SETTINGS = tuple(name for name in FLAGS if name not in MODES)
@@ -316,6 +325,9 @@ def merge(
     values = dict(DEFAULTS)
     origins = dict.fromkeys(values, Origin.DEFAULT)
     for origin, layer in layers:
+        if any(layer.get(name) is not None for name in ENDS):  # one of them replaces both
+            values.update(dict.fromkeys(ENDS))
+            origins.update(dict.fromkeys(ENDS, origin))
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     config = Config(**_completed(values))

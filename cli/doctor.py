@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from cli import checks, plan, settings
-from cli.config import Command, Config
+from cli.config import DEFAULTS, Command, Config
 from errors import TrainingFailed
 from llama3 import presets
 
+KEPT_TRANSIENT = 3  # checkpoints of epochs that stay, as trainer.saver has it
 CHECKED_SAMPLES = 64  # whose labels are compared
 GROUP_SECONDS = 300  # how long ranks wait for one that does not answer
 HUB_ID = re.compile(r"[^./~][^/]*/[^/]+")
@@ -199,12 +200,19 @@ def checkpoints(config: Config, run) -> tuple[int, int]:
     from plan import planner
 
     size = 12 * planner.trained(run)  # weights and two moments in fp32
+    prepared = preparation.read(config.dataset_path)
+    samples = prepared["samples"]["train"] if prepared else None
     every = config.save_every_n_train_steps
-    if every is None:  # each epoch's end saves, as far as that is known
-        preparation = preparation.read(config.dataset_path)
-        samples = preparation["samples"]["train"] if preparation else math.inf
-        every = samples / run.global_batch_size
-    saves = max(1, math.ceil(config.max_train_steps / every))
+    if every is not None:
+        steps = config.max_train_steps or DEFAULTS["max_train_steps"]
+        if samples is not None:
+            steps = settings.last_step(config, samples, run.global_batch_size)
+        saves = max(1, math.ceil(steps / every))
+    else:  # the epochs' ends save, and the newest of them stay
+        saves = KEPT_TRANSIENT + 1
+        if samples is not None:
+            steps = settings.last_step(config, samples, run.global_batch_size)
+            saves = min(saves, math.ceil(steps * run.global_batch_size / samples))
     keep = config.keep_last_n_checkpoints
     if keep is None:
         return size, saves

@@ -52,7 +52,7 @@ def show(command: Command) -> None:
     size = f"{run.global_batch_size} x {config.max_seq_len} tokens a step in {command.config.precision}"
     limit = f"{ranks} x {config.device_type} with {run.limit_gib:.1f} GiB for tensors"
     print(f"{config.model_id}, {size}, on {limit}")
-    print(planner.table(run, plans, config.max_train_steps))
+    print(planner.table(run, plans, config.max_train_steps or DEFAULTS["max_train_steps"]))
     if not plans[0].fits:
         raise TrainingFailed(f"no plan fits: use {planner.what_would_fit(run)}")
     print(_longest_sequence(run))
@@ -79,11 +79,19 @@ def _longest_sequence(run: "Run") -> str:
 def planned(command: Command, state: dict[str, Any]) -> tuple["Plan", int] | None:
     """Return the plan for the devices of this run and its global batch; None: the flags lay the run out.
 
-    state: the resumed checkpoint's, empty for a fresh start. Raises UserError if the model cannot fit.
+    state: the resumed checkpoint's, empty for a fresh start. Raises UserError if the model cannot fit; any
+    other failure is a warning.
     """
-    run = run_on_these_devices(command, settings.world_size(), state)
-    warn_about_memory(run)
-    plan = fitting(command.config, run)
+    try:
+        run = run_on_these_devices(command, settings.world_size(), state)
+        warn_about_memory(run)
+        plan = fitting(command.config, run)
+    except UserError:
+        raise
+    except Exception as error:  # it reads torch's internals, which a release may change
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("the planner failed, so that the flags lay the run out: %s", reason)
+        return None
     if plan is None:
         return None
     return plan, run.global_batch_size

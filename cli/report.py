@@ -7,12 +7,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cli import plan
-from cli.config import DEFAULTS, FLAGS, MODES, Command
+from cli.config import DEFAULTS, FLAGS, MODES, Command, Config
 from cli.settings import is_first_rank, world_size
 from trainer import machine
+
+if TYPE_CHECKING:
+    from cli.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -135,19 +138,20 @@ def model(arguments: dict[str, Any], max_seq_len: int, precision: str) -> str:
     return text
 
 
-def summarize(command: Command, first_step: int, began: float, trainer) -> None:
+def summarize(run: "Run", began: float, trainer) -> None:
     """Draw the curves and log what came of the run, from rank 0.
 
-    first_step: where this start of the run began. began: time.monotonic() then.
+    began: time.monotonic() when this start of the run did. A picture that cannot be drawn is a warning.
     """
     if not is_first_rank():
         return
     from tools import curves
 
+    command = run.command
     config = command.config
     log_dir = Path(config.log_dir)
-    rows = curves.draw(log_dir)
-    lines = _speed(trainer, rows, first_step, began)
+    rows = curves.read_metrics(log_dir)
+    lines = _speed(trainer, rows, run.saved_state.get("step", 0), began)
     losses = curves.points(rows, "train_loss")
     if losses:
         ends = dict((losses[0], losses[-1]))
@@ -155,13 +159,24 @@ def summarize(command: Command, first_step: int, began: float, trainer) -> None:
     validation = curves.validation_summary(curves.points(rows, "val_loss"))
     lines["validation"] = validation.removeprefix("validation ")
     lines["checkpoint"] = f"{config.save_dir}/last"
-    lines["curves"] = str(log_dir / "curves.png")
+    try:
+        curves.draw(log_dir)
+        lines["curves"] = str(log_dir / "curves.png")
+    except Exception as error:  # the run itself is complete
+        logger.warning("%s cannot be drawn: %s", log_dir / "curves.png", error)
     export = {"export_adapter" if config.lora_rank else "export_hf": True}
     if command.is_explicit("save_dir"):
         export["save_dir"] = config.save_dir
     lines["next"] = command_line(export)
-    lines["or longer"] = continuing(command, max_train_steps=2 * config.max_train_steps)
+    lines["or longer"] = continuing(command, **_twice_as_long(config, trainer))
     show(lines)
+
+
+def _twice_as_long(config: Config, trainer) -> dict[str, int]:
+    """Return the flag of the run's end, doubled."""
+    if config.max_epochs is not None and config.max_train_steps is None:
+        return {"max_epochs": 2 * config.max_epochs}
+    return {"max_train_steps": 2 * trainer.args.max_train_steps}
 
 
 def _speed(trainer, rows: list[dict], first_step: int, began: float) -> dict[str, str]:

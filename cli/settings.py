@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,19 @@ def global_batch(command: Command, ranks: int, resumed_state: dict[str, Any]) ->
         sizes.get("global_batch_size"),
         sizes.get("grad_accumulation_steps"),
     )
+
+
+def last_step(config: Config, samples: int, batch: int) -> int:
+    """Return the step at which the run ends: the earlier of --max_train_steps and --max_epochs.
+
+    samples: of the training set. batch: the samples of an optimizer step.
+    """
+    ends = []
+    if config.max_train_steps is not None:
+        ends.append(config.max_train_steps)
+    if config.max_epochs is not None:
+        ends.append(math.ceil(config.max_epochs * samples / batch))
+    return min(ends)
 
 
 def check_replicas(config: Config, ranks: int) -> None:
@@ -230,7 +244,13 @@ def engine_options(config: Config, engine_name: str, run_layout: "Layout") -> "N
         async_save=saves_in_background,
         validate_first=config.demo,
         device_tflops=device.tflops if device else None,
-        **config.select("deterministic", "max_skipped_steps", "timeout_seconds", "mem_constraint"),
+        **config.select(
+            "deterministic",
+            "max_skipped_steps",
+            "timeout_seconds",
+            "mem_constraint",
+            "save_every_n_minutes",
+        ),
     )
 
 

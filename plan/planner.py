@@ -278,7 +278,7 @@ def step_seconds(run: Run, plan: Plan) -> float:
     both = computing + sending if run.on_cpu else max(computing, sending)
     micro_batch = both + sending / run.layers  # nothing hides the first layer's
     updating = STATE_PASSES * 16 * trained(run) / plan.dp_shard / (run.device.memory_gbps * 1e9)
-    return plan.grad_accumulation_steps * micro_batch + updating
+    return plan.grad_accumulation_steps * micro_batch + _exchanging_seconds(run, plan) + updating
 
 
 def _computing_seconds(run: Run, plan: Plan) -> float:
@@ -304,13 +304,19 @@ def _gathers(plan: Plan) -> float:
 
 def _sending_seconds(run: Run, plan: Plan) -> float:
     """Weights are gathered for forward and backward, gradients reduced in fp32, in a micro-batch."""
-    shards, replicas, gradients = plan.dp_shard, plan.dp_replicate, 4 * trained(run)
+    shards, gradients = plan.dp_shard, 4 * trained(run)
     layer, others = (_gathered(run, group, shards) for group in ("layer", "others"))
     link, network = run.device.link_gbps * 1e9, min(run.device.link_gbps, NODE_GBPS) * 1e9
     gathered = _gathers(plan) * run.layers * layer + others
     sent = (gathered + gradients) * (shards - 1) / shards
-    between = 2 * gradients / shards * (replicas - 1) / replicas
-    return sent / (link if shards <= run.node_ranks else network) + between / network
+    return sent / (link if shards <= run.node_ranks else network)
+
+
+def _exchanging_seconds(run: Run, plan: Plan) -> float:
+    """Return the time in which replicas exchange their gradients, once a step."""
+    gradients = 4 * trained(run) / plan.dp_shard
+    sent = 2 * gradients * (plan.dp_replicate - 1) / plan.dp_replicate
+    return sent / (min(run.device.link_gbps, NODE_GBPS) * 1e9)
 
 
 # ---------------------------------------------------------------- explain

@@ -87,7 +87,7 @@ def test_a_resume_takes_the_preset_and_compile_of_its_run_unless_they_are_given(
     }
     resumed = cli_config.parse(["--resume_from=last"]).resumed(saved).config
     assert (resumed.demo, resumed.compile, resumed.max_val_samples) == (True, "on", 24)
-    assert (resumed.save_dir, resumed.max_train_steps, resumed.recompute) == ("./checkpoints", 12, "auto")
+    assert (resumed.save_dir, resumed.max_train_steps, resumed.recompute) == ("./checkpoints", 7, "auto")
     resumed = cli_config.parse(["--mini", "--compile=off"]).resumed(saved).config
     assert (resumed.demo, resumed.mini, resumed.compile) == (False, True, "off")
 

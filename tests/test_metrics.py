@@ -70,3 +70,21 @@ def test_a_steps_time_holds_the_optimizer_and_leaves_out_the_save(flags, tmp_pat
     assert all(value >= 0.2 for value in seconds)
     assert [a * b for a, b in zip(seconds, tokens_per_second, strict=True)] == pytest.approx([128] * STEPS)
     assert min(seconds) < 0.5  # none holds the save before it
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(flags, tmp_path, monkeypatch, caplog):
+    def draw(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("tools.curves.draw", draw)
+    assert train.main([*flags, "--max_train_steps=1", *outputs(tmp_path)]) == 0
+    assert "curves.png cannot be drawn: no fonts" in caplog.text
+
+
+def test_a_planner_that_fails_is_a_warning(flags, tmp_path, monkeypatch, caplog):
+    def choose(*_, **__):
+        raise AttributeError("module has no attribute _FSDPModState")
+
+    monkeypatch.setattr("plan.planner.choose", choose)
+    assert train.main([*flags, "--max_train_steps=1", *outputs(tmp_path)]) == 0
+    assert "the planner failed, so that the flags lay the run out: AttributeError" in caplog.text

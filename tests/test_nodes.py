@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import socket
+from pathlib import Path
 
 import pytest
 from helpers import runs
@@ -90,3 +92,41 @@ def test_the_doctor_compares_the_nodes(nodes, tmp_path, other, code):
     assert ("rank 1" in said[0] and "has --learning_rate 0.01, rank 0 has 0.001" in said[0]) == bool(code)
     checks = json.loads((tmp_path / "report.json").read_text())["checks"]
     assert f"versions on {os.uname().nodename}" in [check["check"] for check in checks]  # the other node's
+
+
+def ranks_of(agent) -> list[int]:
+    """Return the process ids of an agent's ranks."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    names = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [pid for pid, name in names.items() if b"train.py" in name]
+
+
+@pytest.mark.parametrize("node", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_torchruns_continue_by_themselves_after_a_rank_is_killed_in_a_save(flags, tmp_path, node):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    torchrun = [*runs.launcher(1, "--nnodes=2", "--rdzv-backend=c10d", endpoint, "--local-addr=127.0.0.1")]
+    training = [*flags, "--max_train_steps=40", "--save_every_n_train_steps=1", "--resume_from=last"]
+    command = [*torchrun, "--max_restarts=3", "train.py", *training, *outputs(tmp_path)]
+    files = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    agents = []
+    for file in files:
+        with open(file, "w") as output:
+            agents.append(start_process(command, stdout=output, stderr=output))
+    try:
+        still_runs = lambda: agents[0].poll() is None  # noqa: E731
+        saved = lambda: (tmp_path / "ckpt" / "0000-0004").exists()  # noqa: E731
+        runs.wait_for(saved, still_runs, files[0])
+        in_save = lambda: any((tmp_path / "ckpt").glob(".saving-*"))  # noqa: E731
+        runs.wait_for(in_save, still_runs, files[0])
+        os.kill(ranks_of(agents[node])[0], signal.SIGKILL)
+        codes = [agent.wait(300) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert codes == [0, 0], "".join(file.read_text()[-3000:] for file in files)
+    assert any("resumed from" in file.read_text() for file in files)
+    assert len(runs.column(tmp_path, "train_loss")) == 40
+    whole = [*flags, "--max_train_steps=40", *outputs(tmp_path / "whole")]
+    runs.torchrun(2, "train.py", *whole)
+    assert runs.column(tmp_path, "train_loss") == runs.column(tmp_path / "whole", "train_loss")

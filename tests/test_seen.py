@@ -217,7 +217,7 @@ def test_the_command_after_an_interruption_continues_on_as_many_ranks(launch, fl
     said, stopped = run.end(code=1), max(rows(tmp_path / "log", "train_loss"))
     command = following(said)
     assert "--nproc_per_node=2" in command and said.count("next: ") == 1
-    again = run_printed(command.replace("=4000", f"={stopped + 2}"))
+    again = run_printed(f"{command} --max_train_steps={stopped + 2}")
     assert f"step {stopped}, {4 * stopped} samples seen" in again.stderr
     assert max(rows(tmp_path / "log", "train_loss")) == stopped + 2
     lines = [line for line in again.stderr.splitlines() if "OMP_NUM_THREADS" not in line and line.strip("* ")]

@@ -98,13 +98,49 @@ def test_slurm_queues_again_only_what_a_restart_may_cure(tmp_path, end):
         (tmp_path / name).chmod(0o755)
     start = f"import os, time\nif os.environ.get('RANK') == '1': {end or 'pass'}\n"
     (tmp_path / "sitecustomize.py").write_text(start)
-    job = f"test-{os.getpid()}"
+    job = f"test-{os.getpid()}-{len(end)}"
     slurm = dict(SLURM_JOB_ID=job, SLURM_JOB_NODELIST="here", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")
     slurm |= dict(MAX_RESTARTS="0", MASTER_PORT="0", PYTHONPATH=str(tmp_path))
     slurm["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "tools/train.sbatch", "--dataset_id=none", *([] if end else [WRONG])]
     options = dict(cwd=ROOT, env=environment(**slurm), capture_output=True, text=True, timeout=90)
     done = subprocess.run(command, **options)
+    (ROOT / f".stalled-{job}").unlink(missing_ok=True)
     calls = (tmp_path / "calls").read_text().split()
     assert (calls[1:], done.returncode) == ((["requeue"], 0) if ENDS[end] else ([], 1)), done.stderr
     assert (SENTENCE in done.stderr) == (not end) and not (ROOT / f".errors-{job}").exists()
+
+
+# What the stub of torchrun does, the restarts so far, the stalled starts so far -> is the job queued again?
+RESTARTS = {
+    "it saves a checkpoint": ("ln -sfn 0000-0008 ckpt/last; exit 1", 3, "1", True),
+    "it saves none for the first time": ("exit 1", 3, "0", True),
+    "it saves none for the second time": ("exit 1", 3, "1", False),
+    "it was restarted 20 times": ("ln -sfn 0000-0008 ckpt/last; exit 1", 20, "0", False),
+}
+
+
+@pytest.mark.parametrize("case", RESTARTS)
+def test_slurm_stops_a_job_that_restarts_without_end(tmp_path, case):
+    torchrun_does, restarts, stalled, is_queued = RESTARTS[case]
+    programs = {
+        "srun": 'shift; SLURM_PROCID=0 exec "$@"',
+        "scontrol": f"echo $1 >> {tmp_path}/calls; echo localhost",
+        "torchrun": f'cd {tmp_path}; echo "$@" > arguments; {torchrun_does}',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "last").symlink_to("0000-0004")
+    (tmp_path / ".stalled-12345").write_text(stalled)
+    slurm = dict(SLURM_JOB_ID="12345", SLURM_JOB_NODELIST="here", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")
+    slurm |= dict(SLURM_RESTART_COUNT=str(restarts), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    command = ["bash", ROOT / "tools/train.sbatch", f"--save_dir={tmp_path / 'ckpt'}"]
+    options = dict(cwd=tmp_path, env=environment(**slurm), capture_output=True, text=True, timeout=90)
+    process = subprocess.run(command, **options)
+    calls = (tmp_path / "calls").read_text().split()
+    assert ("requeue" in calls) == is_queued, process.stderr
+    assert process.returncode == (0 if is_queued else 1)
+    assert ("not queued again" in process.stderr) == (not is_queued)
+    assert "--rdzv-endpoint=localhost:22345" in (tmp_path / "arguments").read_text()

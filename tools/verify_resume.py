@@ -25,7 +25,14 @@ logger = logging.getLogger(__name__)
 
 COMPARED = ("epoch", "train_loss", "lr", "gnorm", "tokens", "val_loss", "perplexity")
 # Flags of train.py that this tool sets itself.
-REPLACED = {"verify_resume", "save_dir", "log_dir", "max_train_steps", "save_every_n_train_steps"}
+REPLACED = {
+    "verify_resume",
+    "save_dir",
+    "log_dir",
+    "max_train_steps",
+    "max_epochs",
+    "save_every_n_train_steps",
+}
 REPLACED |= {"deterministic", "report_to", "world_size"}
 LEAST_STEPS = 4
 DEFAULT_STEPS = 20

@@ -155,6 +155,7 @@ class NativeOptions:
     save may take; then the run ends.
     run_id: what the checkpoints and metrics of this run are known by.
     mem_constraint: GiB of a device that nnScaler's autodist may use; our own plan is made before.
+    save_every_n_minutes: save, without a validation, when the last save is so long ago on rank 0's clock.
     device_tflops: a device's rate of dense bf16 products, for MFU; None: unknown.
     """
 
@@ -166,6 +167,7 @@ class NativeOptions:
     timeout_seconds: int = 600
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     mem_constraint: float | None = None
+    save_every_n_minutes: float = 30.0
     device_tflops: float | None = None
 
 

@@ -4,8 +4,10 @@ import contextlib
 import itertools
 import os
 import signal
+import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from errors import TrainingFailed, UserError
 from trainer import parallel
 from trainer.ending import complain, end_with_torchrun
+
+CONNECT_TIMEOUT = timedelta(seconds=5)  # to a store that may be that of a dead rank
 
 
 @contextlib.contextmanager
@@ -39,16 +43,67 @@ def process_group(timeout_seconds: int = 600) -> Iterator[None]:
             dist.destroy_process_group()
         return
     end_with_torchrun()
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        # After a restart, torchrun's store still holds the addresses of the ranks that died: use new
-        # keys. Nodes may count restarts differently: there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     timeout = timedelta(seconds=20 * timeout_seconds)  # the watchdog comes before
+    store, rank, world_size = _rendezvous(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     yield
     if dist.is_initialized():  # nnScaler ends it
         dist.destroy_process_group()
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Return a store that only the ranks of this start use, this rank, and their number.
+
+    torchrun's own store outlives a restart, and holds the addresses of the ranks that died.
+    """
+    world_size = int(os.environ["WORLD_SIZE"])
+    is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
+    if not is_one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank = int(os.environ["RANK"])
+        return _fresh_store(rank, world_size, timeout), rank, world_size
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if is_one_node:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+    return store, rank, world_size
+
+
+def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Return a store that rank 0 makes, whose address the others read in torchrun's.
+
+    Nodes count restarts differently, so that no key of torchrun's store names this start: what the others
+    read may be the address of a rank 0 that has died. It answers nobody, and they read again.
+    """
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    shared = dist.PrefixStore("train", dist.TCPStore(host, port, world_size, False, timeout))
+    if rank == 0:
+        own_host = _address_towards(host, port)
+        own = dist.TCPStore(own_host, 0, world_size, True, timeout, wait_for_workers=False)
+        token = uuid.uuid4().hex
+        own.set("token", token)
+        shared.set("address", f"{own_host} {own.port} {token}")
+        return own
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        own_host, own_port, token = shared.get("address").decode().split()
+        try:
+            own = dist.TCPStore(own_host, int(own_port), world_size, False, CONNECT_TIMEOUT)
+            if own.get("token").decode() == token:
+                own.set_timeout(timeout)
+                return own
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def _address_towards(host: str, port: int) -> str:
+    """Return this machine's address on the way to the host. Nothing is sent."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
 
 
 def together(action: Callable, *args, group=None):

@@ -15,6 +15,7 @@ from trainer import checkpoint, folders, parallel, ranks
 from trainer.checkpoint import CheckpointName, hidden_path, sync_folder
 from trainer.tensorfile import Box, TensorFileWriter
 
+KEPT_TRANSIENT = 3
 # The whole tensor's shape, this rank's box of it, and the values in the box.
 Part = tuple[tuple[int, ...], Box, torch.Tensor]
 
@@ -106,9 +107,18 @@ class Saver:
                 folders.swap_link(self.save_dir, ".good", self.good.name)
 
     def prune(self, newest: Path | None) -> None:
-        """Removes what `keep_last` does not keep, counted from that checkpoint. Only rank 0 calls this."""
+        """Remove checkpoints that need not stay, counted from the newest good one. Only rank 0 calls this.
+
+        With `keep_last` the newest of them stay. Without it all stay but those of an epoch's end, of time and
+        of SIGTERM, of which the newest three do. What a link names is never removed.
+        """
+        finished = self._up_to(newest)
+        if self.keep_last:
+            surplus = finished[self.keep_last :]
+        else:
+            surplus = [path for path in finished if _is_transient(path)][KEPT_TRANSIENT:]
         named = {(self.save_dir / link).resolve() for link in folders.LINKS}
-        for path in self._up_to(newest)[self.keep_last :] if self.keep_last else []:
+        for path in surplus:
             if path.resolve() not in named:
                 folders.remove(path)
 
@@ -214,6 +224,17 @@ class Saver:
         if move_last:
             folders.swap_link(self.save_dir, "last", folder.name)
             sync_folder(self.save_dir)
+
+
+def _is_transient(folder: Path) -> bool:
+    """Return whether a checkpoint was saved only to lose little: by an epoch's end, time or SIGTERM."""
+    try:
+        state = json.loads((folder / checkpoint.MANIFEST).read_text())["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if state.get("reason") == "signal":
+        return state.get("signal") != "SIGUSR1"
+    return state.get("reason") in ("epoch", "time")
 
 
 def _host_copy(data: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,28 @@ class StepResult:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Requests:
+    """What some rank asks of all after a step. stop_code: the exit code with which to leave; 0: go on."""
+
+    stop_code: int
+    save_failed: bool
+    save_wanted: bool  # by SIGUSR1
+    time_is_due: bool
+
+    def reason(self) -> str | None:
+        """Return why this asks for a save, for the checkpoint's manifest; None: it does not."""
+        if self.stop_code or self.save_wanted:
+            return "signal"
+        return "time" if self.time_is_due else None
+
+    def signal_name(self) -> str | None:
+        """Return the signal that asks for a save."""
+        if self.stop_code > 128:
+            return signal.Signals(self.stop_code - 128).name
+        return "SIGUSR1" if self.save_wanted else None
+
+
 class MetricSums:
     """Adds up what TrainableModel.forward returns, over micro-batches."""
 
@@ -95,28 +117,34 @@ class Trainer:
         self.save_dir = Path(train_args.checkpoint.save_dir)
         self.state, self.loggers = TrainState(), []
         self.signals = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), False)
-        self.step_seconds, self._save_postponed, self._log_problem = 0.0, False, ""
+        self.step_seconds, self._log_problem = 0.0, ""
+        self._postponed: str | None = None  # why a save is due that waits for a good step
         self._skipped_in_a_row = 0
         self._flops_per_token: float | None = None
 
     def run(self) -> None:
         """Trains to the end. A SIGTERM saves and exits with 143, a Ctrl-C with 130."""
         with ranks.process_group(), ranks.noted_signals() as self.signals:
-            self.build()
-            if not self.prepare_training():
-                return
+            self.watchdog = ranks.Watchdog(self.options.timeout_seconds)
+            self.watchdog.note("loading", times=10)
             try:
-                self.watchdog = ranks.Watchdog(self.options.timeout_seconds)
-                self._train()
-                if hook := self.args.hook.on_train_end:
-                    hook(self)
-            except (TrainingFailed, SystemExit):
-                self.saver.wait()  # all ranks are here: after another error, a rank would wait for ever
-                raise
+                self.build()
+                if self.prepare_training():
+                    self._train_to_the_end()
             finally:
                 self.watchdog.stopped.set()
                 for log in self.loggers:
                     log.finalize()
+
+    def _train_to_the_end(self) -> None:
+        try:
+            self._train()
+            hook = self.args.hook.on_train_end
+            if hook:
+                hook(self)
+        except (TrainingFailed, SystemExit):
+            self.saver.wait()  # all ranks are here: after another error, a rank would wait for ever
+            raise
 
     def evaluate(self) -> float:
         """The validation loss of the pretrained model, or of the checkpoint that `resume_from` names."""
@@ -152,7 +180,7 @@ class Trainer:
             self._restore()
             if self.state.step >= args.max_train_steps and not self._validation_is_missing():
                 reached = f"step {self.state.step} of {args.max_train_steps} is reached"
-                logger.info("nothing to do: %s (raise --max_train_steps to go on)", reached)
+                logger.info("nothing to do: %s (raise --max_train_steps or --max_epochs to go on)", reached)
                 return False
         self.scheduler = None
         if args.lr_scheduler:
@@ -213,15 +241,16 @@ class Trainer:
         self._validate_before_the_first_step()
         first = state.step
         self._step_ended = time.perf_counter()
+        self._saved_at = minutes()
         while state.step < args.max_train_steps:
             epoch = self._epoch()
             self.watchdog.note(f"step {state.step + 1}", times=10 if state.step == first else 1)
             result, metrics = self._next_step(batches)
-            stopped, save_failed, save_wanted = self._end_step(metrics, result.tokens)
-            if save_failed:
+            requests = self._end_step(metrics, result.tokens)
+            if requests.save_failed:
                 self.saver.wait()  # raises on every rank
             self._log_step({"epoch": epoch, **metrics}, result.is_finite)
-            if self._save_and_validate(epoch, result.is_finite, bool(save_wanted), int(stopped)):
+            if self._save_and_validate(epoch, result.is_finite, requests):
                 self._step_ended = time.perf_counter()  # no part of the next step
         self._finish()
 
@@ -249,16 +278,17 @@ class Trainer:
         self._flops_per_token = self.model.flops_per_token(micro_batches[0])
         return result, metrics
 
-    def _end_step(self, metrics: dict[str, float], tokens: int) -> list[float]:
-        """Add the step's time to its metrics; return which exit code, failed save and save the ranks ask for.
+    def _end_step(self, metrics: dict[str, float], tokens: int) -> "Requests":
+        """Add the step's time to its metrics; return what the ranks ask for.
 
         The reduction waits for the device, so that the optimizer's work is inside the step's time.
         """
-        memory, *requests = self._largest(
+        memory, stop_code, save_failed, save_wanted, time_is_due = self._largest(
             peak_memory_gib(self.device),
             self._stop_code(),
             self.saver.failed,
             self.signals[signal.SIGUSR1],
+            self._time_is_due(),
         )
         now = time.perf_counter()
         self.step_seconds = now - self._step_ended
@@ -267,7 +297,7 @@ class Trainer:
         metrics["step_seconds"] = self.step_seconds
         metrics["peak_memory_gib"] = memory
         metrics |= self._utilization(metrics["tokens_per_second"])
-        return requests
+        return Requests(int(stop_code), bool(save_failed), bool(save_wanted), bool(time_is_due))
 
     def _log_step(self, metrics: dict, is_finite: bool) -> None:
         """Log the step. Raises TrainingFailed if too many in a row were skipped."""
@@ -306,9 +336,13 @@ class Trainer:
         self.optimizer.zero_grad()
         sums = MetricSums()
         tokens = 0
+        layout = self.options.layout
         for batch in micro_batches:
-            if not self.options.layout.reshard_after_forward:  # the weights change after the last one
-                self.model.set_reshard_after_backward(batch is micro_batches[-1])
+            is_last = batch is micro_batches[-1]
+            if not layout.reshard_after_forward:  # the weights change after the last one
+                self.model.set_reshard_after_backward(is_last)
+            if layout.dp_replicate > 1:  # replicas exchange their gradients once a step
+                self.model.set_requires_all_reduce(is_last)
             outputs = self.model(batch)
             outputs["loss_sum"].backward()  # FSDP sums the gradients over the ranks
             sums.add(outputs)
@@ -334,36 +368,49 @@ class Trainer:
             return {}
         return {"mfu": tokens_per_second * self._flops_per_token / (tflops * 1e12 * self.world_size)}
 
-    def _save_and_validate(self, epoch: int, finite: bool, wanted: bool, stopped: int) -> bool:
+    def _save_and_validate(self, epoch: int, finite: bool, requests: "Requests") -> bool:
         """Do what is due after a step: first the save, then the validation, then `best`.
 
         Returns whether anything was due.
-
-        wanted: a signal asks for a save. stopped: what `_stop_code` says on some rank.
         """
-        step, last = self.state.step, self.state.step == self.args.max_train_steps
-        save_every, val_every = self.args.checkpoint.every_n_train_steps, self.args.val_every_n_train_steps
+        step = self.state.step
+        is_last = step == self.args.max_train_steps
         self._after_save()
-        due = step % save_every == 0 if save_every else self._epoch() > epoch
-        due = due or last or self._save_postponed
+        scheduled = self._scheduled_reason(epoch) or self._postponed
         # The weights may be what broke the step: wait for the next good one.
-        self._save_postponed = due and not finite
-        due = due and finite
-        val_due = self.val_set is not None and (due or bool(val_every and step % val_every == 0))
-        saved = CheckpointName(epoch, step) if finite and (due or wanted or stopped) else None
+        self._postponed = None if finite else scheduled
+        if not finite:
+            scheduled = None
+        val_every = self.args.val_every_n_train_steps
+        val_due = self.val_set is not None and (bool(scheduled) or bool(val_every and step % val_every == 0))
+        reason = (scheduled or requests.reason()) if finite else None
+        saved = CheckpointName(epoch, step) if reason else None
         if saved:
             self.signals[signal.SIGUSR1] = False
-            self._save(saved, val_due)
-        elif last:
+            self._save(saved, val_due, reason, requests.signal_name())
+        elif is_last:
             self._end_on_a_skipped_step(CheckpointName(epoch, step))
-        if saved and stopped and (val_due or not last):
-            self._leave(stopped)
+        if saved and requests.stop_code and (val_due or not is_last):
+            self._leave(requests.stop_code)
         if val_due:
             self._validate_and_log(saved)
         return bool(saved) or val_due
 
+    def _scheduled_reason(self, epoch: int) -> str | None:
+        """Return why the flags ask for a save after this step of the epoch; None: they do not."""
+        save_every = self.args.checkpoint.every_n_train_steps
+        if self.state.step == self.args.max_train_steps:
+            return "end"
+        if save_every:
+            return "interval" if self.state.step % save_every == 0 else None
+        return "epoch" if self._epoch() > epoch else None
+
+    def _time_is_due(self) -> bool:
+        """Return whether rank 0's clock asks for a save."""
+        return self.rank == 0 and minutes() - self._saved_at >= self.options.save_every_n_minutes
+
     def _end_on_a_skipped_step(self, name: CheckpointName) -> None:
-        self._save(name, validation_due=False, move_last=False)
+        self._save(name, validation_due=False, reason="end", move_last=False)
         self.saver.wait()
         what = (
             f"the last step, {name.step}, is not finite: {self.save_dir / str(name)} holds what was before it"
@@ -418,7 +465,9 @@ class Trainer:
         means = self.validate()
         if means is None:
             if not saved:
-                self._save(CheckpointName(self._epoch(), self.state.step), validation_due=True)
+                stop_code = int(self._largest(self._stop_code())[0])
+                name = CheckpointName(self._epoch(), self.state.step)
+                self._save(name, True, "signal", Requests(stop_code, False, False, False).signal_name())
             self._leave(int(self._largest(self._stop_code())[0]))
         val_loss = means.pop("loss")
         others = {f"val_{name}": mean for name, mean in means.items()}
@@ -455,12 +504,24 @@ class Trainer:
         due = self.val_set is not None and self.resumed and self.resumed.state.get("validation_due")
         return bool(due) and self.resumed.val_loss is None
 
-    def _save(self, name: CheckpointName, validation_due: bool, move_last: bool = True) -> None:
+    def _save(
+        self,
+        name: CheckpointName,
+        validation_due: bool,
+        reason: str,
+        signal_name: str | None = None,
+        move_last: bool = True,
+    ) -> None:
+        """Save the step, for a reason that the manifest records: interval, epoch, time, signal or end."""
         args = self.args
+        self._saved_at = minutes()
         state = {**vars(self.state), "epoch": name.epoch, "validation_due": validation_due, "seed": args.seed}
         state |= {"world_size": self.world_size, "global_batch_size": args.global_batch_size}
         state |= {"run": self.options.run_id, "parents": self.parents}
         state["layout"] = asdict(self.options.layout)
+        state["reason"] = reason
+        if reason == "signal":
+            state["signal"] = signal_name
         state |= {"frozen": self.frozen} if self.frozen else {}
         if hook := args.hook.on_save_checkpoint:
             hook(self, state)
@@ -523,6 +584,11 @@ class Trainer:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
+
+
+def minutes() -> float:
+    """Return this machine's monotonic clock, in minutes."""
+    return time.monotonic() / 60
 
 
 def peak_memory_gib(device: torch.device) -> float:

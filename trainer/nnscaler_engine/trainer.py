@@ -23,7 +23,7 @@ from trainer import checkpoint, folders, ranks, setup
 from trainer.args import NativeOptions, TrainerArgs
 from trainer.loggers import perplexity
 from trainer.nnscaler_engine.files import STATE_FILE, NnScalerCheckpoint
-from trainer.trainer import TrainState, peak_memory_gib
+from trainer.trainer import TrainState, minutes, peak_memory_gib
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ class RunHook(cli.train_hook.TrainHook):
         self.parents = checkpoint.lineage(saved) if saved else []
         self.state, self.best = TrainState.from_dict(saved), saved.get("best_val_loss")
         self.peak_gib, self.loggers = 0.0, []
+        self.saved_at = minutes()
         self.on_train_end = args.hook.on_train_end or self.on_train_end
 
     def after_load_checkpoint(self, trainer, content) -> None:
@@ -233,9 +234,13 @@ class RunHook(cli.train_hook.TrainHook):
         state, device, size = self.state, torch.cuda.current_device(), len(trainer.dataset["train"])
         tokens = torch.tensor(self.step_tokens, device=device)
         dist.all_reduce(tokens, group=trainer.sync_group)
-        largest = torch.tensor([self.peak_gib, *self.signals.values()], dtype=torch.float64, device=device)
+        time_is_due = trainer.rank == 0 and minutes() - self.saved_at >= self.options.save_every_n_minutes
+        requests = [self.peak_gib, *self.signals.values(), time_is_due]
+        largest = torch.tensor(requests, dtype=torch.float64, device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        self.peak_gib, self.terminated, self.interrupted, self.save_wanted = largest.tolist()
+        self.peak_gib, self.terminated, self.interrupted, self.save_wanted, self.time_is_due = (
+            largest.tolist()
+        )
         epoch, seconds = state.samples // size, time.perf_counter() - self.began
         state.step, state.updates = state.step + 1, state.updates + 1
         state.samples += self.args.global_batch_size
@@ -256,7 +261,7 @@ class RunHook(cli.train_hook.TrainHook):
             log.log_metrics(row, self.state.step, tag="val")
 
     def on_step_end(self, trainer, epoch, idx, metrics, aggregated) -> None:
-        """Saves where nnScaler does not: at an epoch's end, and when a signal asks for it."""
+        """Save where nnScaler does not: at an epoch's end, and when a signal or the time asks for it."""
         if self.state.step == self.args.max_train_steps:
             return  # nnScaler saves the last step
         leaving = self.terminated or self.interrupted
@@ -265,12 +270,15 @@ class RunHook(cli.train_hook.TrainHook):
             trainer._save_checkpoint(math.nan)  # at once, without a validation; nan is never the best loss
         elif self.epoch_ended and not self.args.checkpoint.every_n_train_steps:
             trainer._validate_and_save(cli.trainer._StepStat(train_loss=math.nan))
+        elif self.time_is_due:
+            trainer._save_checkpoint(math.nan)
         if leaving:
             logger.info("a signal came: saved and stopping; --resume_from=last continues")
             raise SystemExit(128 + (signal.SIGTERM if self.terminated else signal.SIGINT))
 
     def on_save_checkpoint(self, trainer, content: dict) -> None:
         """Adds our state to the shard; rank 0 also writes it beside the shards."""
+        self.saved_at = minutes()
         if is_best := self.val_loss <= trainer.train_status.best_loss:
             self.best = self.val_loss
         state = dict(vars(self.state), best_val_loss=self.best, global_batch_size=self.args.global_batch_size)
