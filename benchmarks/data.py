@@ -25,6 +25,7 @@ from dataset import (
     sources,  # noqa: E402
 )
 from llama3 import assets  # noqa: E402
+from trainer import machine  # noqa: E402
 
 
 def ratio(name: str, texts: list[str], tokenizer, folder: Path) -> None:
@@ -32,7 +33,13 @@ def ratio(name: str, texts: list[str], tokenizer, folder: Path) -> None:
     pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", row_group_size=10_000)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare.prepare(str(folder / "texts.parquet"), tokenizer, folder / name, 512)
+        prepare.prepare(
+            str(folder / "texts.parquet"),
+            tokenizer,
+            folder / name,
+            512,
+            num_proc=machine.worker_processes(),
+        )
     ours, began = time.perf_counter() - began, time.perf_counter()
     tokens = 0
     for first in range(0, len(texts), 1000):
@@ -62,7 +69,7 @@ def memory(gigabytes: float, kind: str, texts: list[str], tokenizer, folder: Pat
                 file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
             size += sum(map(len, texts))
     began = time.perf_counter()
-    prepare.prepare(str(path), tokenizer, folder / "prepared", 8192)
+    prepare.prepare(str(path), tokenizer, folder / "prepared", 8192, num_proc=machine.worker_processes())
     main, worker = (
         resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import plan
-from cli.config import DEFAULTS, FLAGS, MODES, Command, Config
+from cli.config import DEFAULTS, FLAGS, MODES, Command
 from cli.settings import is_first_rank, world_size
 from trainer import machine
 
@@ -151,7 +151,7 @@ def summarize(run: "Run", began: float, trainer) -> None:
     config = command.config
     log_dir = Path(config.log_dir)
     rows = curves.read_metrics(log_dir)
-    lines = _speed(trainer, rows, run.saved_state.get("step", 0), began)
+    lines = _speed(run, trainer, rows, began)
     losses = curves.points(rows, "train_loss")
     if losses:
         ends = dict((losses[0], losses[-1]))
@@ -168,21 +168,22 @@ def summarize(run: "Run", began: float, trainer) -> None:
     if command.is_explicit("save_dir"):
         export["save_dir"] = config.save_dir
     lines["next"] = command_line(export)
-    lines["or longer"] = continuing(command, **_twice_as_long(config, trainer))
+    lines["or longer"] = continuing(command, **_twice_as_long(run))
     show(lines)
 
 
-def _twice_as_long(config: Config, trainer) -> dict[str, int]:
+def _twice_as_long(run: "Run") -> dict[str, int]:
     """Return the flag of the run's end, doubled."""
-    if config.max_epochs is not None and config.max_train_steps is None:
-        return {"max_epochs": 2 * config.max_epochs}
-    return {"max_train_steps": 2 * trainer.args.max_train_steps}
+    if run.config.max_epochs is not None and run.config.max_train_steps is None:
+        return {"max_epochs": 2 * run.config.max_epochs}
+    return {"max_train_steps": 2 * run.last_step}
 
 
-def _speed(trainer, rows: list[dict], first_step: int, began: float) -> dict[str, str]:
+def _speed(run: "Run", trainer, rows: list[dict], began: float) -> dict[str, str]:
     """Return the summary's lines on speed and memory, of the steps of this start."""
     from trainer.loggers import duration
 
+    first_step = run.saved_state.get("step", 0)
     steps = [row for row in rows if "step_seconds" in row and row["step"] > first_step]
     if not steps:
         return {}
@@ -191,13 +192,13 @@ def _speed(trainer, rows: list[dict], first_step: int, began: float) -> dict[str
     spent = f"{len(steps):,} steps in {duration(time.monotonic() - began)}"
     return {
         "trained": f"{spent}: {tokens:,.0f} tokens, {tokens / seconds:,.0f} tokens/s",
-        "memory": memory(trainer, steps),
+        "memory": memory(run, trainer, steps),
     }
 
 
-def memory(trainer, steps: list[dict]) -> str:
-    """Return the peak of a rank; where there was a plan, beside what it predicted."""
-    predicted = trainer.options.layout.predicted_peak_gib
+def memory(run: "Run", trainer, steps: list[dict]) -> str:
+    """Return the peak of a rank; where there was a plan, as only our engine has, beside its prediction."""
+    predicted = run.layout.predicted_peak_gib
     if predicted is None:
         return f"peak of a rank {max(row['peak_memory_gib'] for row in steps):.2f} GiB"
     measured = "resident memory of a rank grew by"
