@@ -327,7 +327,7 @@ def merge(
     for origin, layer in layers:
         if any(layer.get(name) is not None for name in ENDS):  # one of them replaces both
             values.update(dict.fromkeys(ENDS))
-            origins.update(dict.fromkeys(ENDS, origin))
+            origins.update(dict.fromkeys(ENDS, Origin.DEFAULT))
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     config = Config(**_completed(values))

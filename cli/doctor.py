@@ -49,13 +49,16 @@ def show(command: Command) -> None:
             from trainer import ranks
 
             group.enter_context(ranks.process_group(GROUP_SECONDS // 20))  # which waits 20 times that
+            ranks.gathered(None)  # where a rank with wrong flags raises its error
         results = _examine_machine(command, is_first)
         if settings.world_size() > 1:
             results = _examine_group(command, results, is_first)
     status = max((result.status for result in results), key=doctor.STATUSES.index)
     if is_first and command.config.output_path:
         report = {"status": status, "checks": [result._asdict() for result in results]}
-        Path(command.config.output_path).write_text(json.dumps(report, indent=1))
+        path = Path(command.config.output_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1))
     faults = [result.check for result in results if result.status == "fault"]
     if faults:
         raise TrainingFailed(f"--doctor: checks failed: {', '.join(faults)}")

@@ -21,6 +21,7 @@ WRITES = {
     "doctor": ("output_path",),
 }
 READS_MODEL = ("train", "evaluate", "generate", "chat", "plan")
+WRITES_A_FILE = ("plan", "doctor")
 SOURCES = ("merge_checkpoint", "export_hf", "export_adapter")
 
 
@@ -48,13 +49,15 @@ def parse_and_check(argv: list[str] | None, description: str = "") -> Command:
 
 
 def check_names(command: Command) -> None:
-    """Raise UserError for a model or tokenizer that is neither a folder nor a hub id."""
+    """Raise UserError for a model or tokenizer that is needed, and is neither a folder nor a hub id."""
     config = command.config
-    if config.mode == "prepare_data" or command.is_explicit("tokenizer_id"):
-        if config.tokenizer_id != "llama3" and config.mode != "doctor":
-            presets.check_name(config.tokenizer_id)
-    is_needed = not config.resume_from or command.is_explicit("model_id")
-    if config.mode in READS_MODEL and is_needed:
+    is_needed = config.mode == "prepare_data" or command.is_typed("tokenizer_id")
+    if is_needed and config.tokenizer_id != "llama3" and config.mode != "doctor":
+        presets.check_name(config.tokenizer_id)
+    comes_from_checkpoint = bool(config.resume_from)
+    if config.mode in ("generate", "chat") and Path(config.save_dir, "last").exists():
+        comes_from_checkpoint = True
+    if config.mode in READS_MODEL and (command.is_typed("model_id") or not comes_from_checkpoint):
         presets.check_name(config.model_id)
 
 
@@ -92,8 +95,30 @@ def check_targets(command: Command) -> None:
     config = command.config
     for name in WRITES.get(config.mode, ()):
         path = getattr(config, name)
-        if path is not None:
+        if path is None:
+            continue
+        if name == "dataset_path":
+            check_dataset_path(Path(path))
+        elif config.mode in WRITES_A_FILE:
+            check_file(name, Path(path))
+        else:
             check_target(name, Path(path))
+
+
+def check_dataset_path(path: Path) -> None:
+    """Raise UserError if data cannot be prepared there: in a folder beside it, which is renamed."""
+    if preparation.read(path) is None:
+        check_target("dataset_path", path.absolute().parent / f"{path.name}.preparing")
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Raise UserError if the file cannot be written. What exists is overwritten in place, a device too."""
+    if path.is_dir():
+        raise UserError(f"--{flag}={path} is a folder, and a file is needed", "Name a file")
+    if not path.exists():
+        check_target(flag, path)
+    elif not os.access(path, os.W_OK):
+        raise UserError(f"--{flag}={path} cannot be written: Permission denied", f"Name another --{flag}")
 
 
 def check_target(flag: str, path: Path) -> None:

@@ -48,6 +48,7 @@ def show(command: Command) -> None:
     checks.warn_about_recompute(config, run.layers)
     plans = planner.search(run)
     if config.output_path:
+        Path(config.output_path).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output_path).write_text(json.dumps(planner.as_json(plans), indent=1))
     size = f"{run.global_batch_size} x {config.max_seq_len} tokens a step in {command.config.precision}"
     limit = f"{ranks} x {config.device_type} with {run.limit_gib:.1f} GiB for tensors"

@@ -134,7 +134,8 @@ def _prepare(command: Command, engine_name: str, resumed, preferred: str) -> Run
     layout, batch = _decide_layout(command, engine_name, state)
     last_step = settings.last_step(config, samples, batch)
     checks.warn_about_ineffective_flags(command, model_config, not resumed, last_step)
-    settings.warn_about_changed_layout(layout, state)
+    if config.mode == "train":
+        settings.warn_about_changed_layout(layout, state)
     if not config.from_scratch and (config.lora_rank or not resumed):
         assets.weight_files(config.model_id)  # downloads them now, so that no rank waits for it later
     train_set, val_set = _split_arguments(config, model_config.vocab_size)

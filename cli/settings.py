@@ -283,7 +283,7 @@ def resume_flags(command: Command, state: dict[str, Any]) -> Command:
         value = getattr(resumed.config, name)
         without = getattr(command.config, name)
         if origin >= Origin.FILE and value != saved[name]:
-            logger.info("--%s=%s, the checkpoint's run had %s", name, value, _text(saved[name]))
+            logger.info("--%s=%s, the checkpoint's run had %s", name, _text(value), _text(saved[name]))
         elif origin < Origin.FILE and without not in (value, "auto"):
             logger.info(
                 "--%s=%s, as the checkpoint's run (without it: %s)", name, _text(value), _text(without)

@@ -133,14 +133,20 @@ def test_slurm_stops_a_job_that_restarts_without_end(tmp_path, case):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "last").symlink_to("0000-0004")
-    (tmp_path / ".stalled-12345").write_text(stalled)
-    slurm = dict(SLURM_JOB_ID="12345", SLURM_JOB_NODELIST="here", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")
-    slurm |= dict(SLURM_RESTART_COUNT=str(restarts), PATH=f"{tmp_path}:{os.environ['PATH']}")
-    command = ["bash", ROOT / "tools/train.sbatch", f"--save_dir={tmp_path / 'ckpt'}"]
-    options = dict(cwd=tmp_path, env=environment(**slurm), capture_output=True, text=True, timeout=90)
+    job = f"7{os.getpid()}"
+    stalled_file = ROOT / f".stalled-{job}"
+    stalled_file.write_text(stalled)
+    slurm = dict(SLURM_JOB_ID=job, SLURM_JOB_NODELIST="here", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")
+    slurm["SLURM_RESTART_COUNT"] = str(restarts)
+    slurm["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (tmp_path / "run.yaml").write_text(f"save_dir: {tmp_path / 'ckpt'}\n")
+    command = ["bash", "tools/train.sbatch", f"--config={tmp_path / 'run.yaml'}"]
+    options = dict(cwd=ROOT, env=environment(**slurm), capture_output=True, text=True, timeout=90)
     process = subprocess.run(command, **options)
+    stalled_file.unlink(missing_ok=True)
     calls = (tmp_path / "calls").read_text().split()
     assert ("requeue" in calls) == is_queued, process.stderr
     assert process.returncode == (0 if is_queued else 1)
     assert ("not queued again" in process.stderr) == (not is_queued)
-    assert "--rdzv-endpoint=localhost:22345" in (tmp_path / "arguments").read_text()
+    port = 20000 + int(job) % 10000
+    assert f"--rdzv-endpoint=localhost:{port}" in (tmp_path / "arguments").read_text()

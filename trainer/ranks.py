@@ -1,7 +1,9 @@
 """The ranks of a run: they join, compare what they run, fail together, and watch for signals and hangs."""
 
 import contextlib
+import ipaddress
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -18,6 +20,9 @@ from errors import TrainingFailed, UserError
 from trainer import parallel
 from trainer.ending import complain, end_with_torchrun
 
+logger = logging.getLogger(__name__)
+
+WARNING_SECONDS = 30
 CONNECT_TIMEOUT = timedelta(seconds=5)  # to a store that may be that of a dead rank
 
 
@@ -79,12 +84,15 @@ def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     shared = dist.PrefixStore("train", dist.TCPStore(host, port, world_size, False, timeout))
     if rank == 0:
         own_host = _address_towards(host, port)
+        if ipaddress.ip_address(own_host.partition("%")[0]).is_loopback:
+            own_host = host  # this machine's name leads to itself here, and to this machine elsewhere
         own = dist.TCPStore(own_host, 0, world_size, True, timeout, wait_for_workers=False)
         token = uuid.uuid4().hex
         own.set("token", token)
         shared.set("address", f"{own_host} {own.port} {token}")
         return own
-    deadline = time.monotonic() + timeout.total_seconds()
+    began = time.monotonic()
+    is_warned = False
     while True:
         own_host, own_port, token = shared.get("address").decode().split()
         try:
@@ -93,8 +101,12 @@ def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
                 own.set_timeout(timeout)
                 return own
         except RuntimeError:
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > timeout.total_seconds():
                 raise
+            if waited > WARNING_SECONDS and not is_warned:
+                is_warned = True
+                logger.error("rank %d cannot reach rank 0 at %s:%s, and tries on", rank, own_host, own_port)
         time.sleep(0.2)
 
 

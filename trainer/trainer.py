@@ -63,17 +63,24 @@ class Requests:
     save_wanted: bool  # by SIGUSR1
     time_is_due: bool
 
-    def reason(self) -> str | None:
-        """Return why this asks for a save, for the checkpoint's manifest; None: it does not."""
-        if self.stop_code or self.save_wanted:
+    def reason(self, scheduled: str | None) -> str | None:
+        """Return why to save, for the checkpoint's manifest; None: nothing asks for it.
+
+        scheduled: the reason of the flags. SIGUSR1 comes before an epoch's end, as what it saves stays.
+        """
+        if self.save_wanted and scheduled in (None, "epoch"):
+            return "signal"
+        if scheduled:
+            return scheduled
+        if self.stop_code:
             return "signal"
         return "time" if self.time_is_due else None
 
     def signal_name(self) -> str | None:
         """Return the signal that asks for a save."""
-        if self.stop_code > 128:
-            return signal.Signals(self.stop_code - 128).name
-        return "SIGUSR1" if self.save_wanted else None
+        if self.save_wanted:
+            return "SIGUSR1"
+        return signal.Signals(self.stop_code - 128).name if self.stop_code > 128 else None
 
 
 class MetricSums:
@@ -383,7 +390,7 @@ class Trainer:
             scheduled = None
         val_every = self.args.val_every_n_train_steps
         val_due = self.val_set is not None and (bool(scheduled) or bool(val_every and step % val_every == 0))
-        reason = (scheduled or requests.reason()) if finite else None
+        reason = requests.reason(scheduled) if finite else None
         saved = CheckpointName(epoch, step) if reason else None
         if saved:
             self.signals[signal.SIGUSR1] = False

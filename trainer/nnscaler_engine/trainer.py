@@ -270,8 +270,8 @@ class RunHook(cli.train_hook.TrainHook):
             trainer._save_checkpoint(math.nan)  # at once, without a validation; nan is never the best loss
         elif self.epoch_ended and not self.args.checkpoint.every_n_train_steps:
             trainer._validate_and_save(cli.trainer._StepStat(train_loss=math.nan))
-        elif self.time_is_due:
-            trainer._save_checkpoint(math.nan)
+        elif self.time_is_due and self.args.checkpoint.keep_last_n_checkpoints:
+            trainer._save_checkpoint(math.nan)  # nnScaler keeps every save without that number
         if leaving:
             logger.info("a signal came: saved and stopping; --resume_from=last continues")
             raise SystemExit(128 + (signal.SIGTERM if self.terminated else signal.SIGINT))
