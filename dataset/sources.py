@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import xxhash
 from huggingface_hub import HfApi
 
+from downloads import from_hub, package_file
 from errors import UserError
-from hub import from_hub, package_file
 
 READ_BYTES, ROWS = 1 << 20, 100  # read at once
 MAX_CHARACTERS = 256 << 20  # of a document, which is tokenized as a whole, in 90 bytes of memory a character

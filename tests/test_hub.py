@@ -14,10 +14,10 @@ SENTENCES = make_texts(2000, most=12)
 TRY_ALL = """
 import json, os, sys
 from errors import UserError
-import hub
+import downloads
 from dataset import sources
 from llama3 import assets
-hub.RETRY_SECONDS = (0.01, 0.01, 0.01)
+downloads.RETRY_SECONDS = (0.01, 0.01, 0.01)
 readers = {
     "config": lambda name: assets.load_config(name).hidden_size,
     "weights": lambda name: len(assets.weight_files(name)),

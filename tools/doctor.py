@@ -213,7 +213,7 @@ def hub(files: dict[str, str]) -> tuple[str, str, str]:
     """Asks the hub for the head of a file of each repository. Without a network that is a warning."""
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
-    from hub import HUB_FIXES, hub_fix, hub_trouble
+    from downloads import HUB_FIXES, hub_fix, hub_trouble
 
     token = get_token()
     has = "a token is set" if token else "no token (HF_TOKEN) is set"
