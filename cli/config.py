@@ -17,9 +17,6 @@ from cli import values as cli_values
 from errors import UserError
 from llama3 import presets
 
-HELP_FIX = "List the flags with `python train.py --help`"
-
-
 # ---------------------------------------------------------------- fields
 
 
@@ -415,7 +412,7 @@ class _Parser(argparse.ArgumentParser):
         switch = re.fullmatch(r"argument (--\w+): ignored explicit argument .*", message)
         if switch:
             raise UserError(f"{switch[1]} takes no value", f"Write {switch[1]} alone, or leave it out")
-        raise UserError(message, HELP_FIX)
+        raise UserError(message, suggestions.HELP_FIX)
 
 
 def build_parser(description: str = "") -> argparse.ArgumentParser:

@@ -18,7 +18,6 @@ from cli.config import DEFAULTS, Command, Config
 from errors import TrainingFailed
 from llama3 import presets
 
-KEPT_TRANSIENT = 3  # checkpoints of epochs that stay, as trainer.saver has it
 CHECKED_SAMPLES = 64  # whose labels are compared
 GROUP_SECONDS = 300  # how long ranks wait for one that does not answer
 HUB_ID = re.compile(r"[^./~][^/]*/[^/]+")
@@ -201,6 +200,7 @@ def checkpoints(config: Config, run) -> tuple[int, int]:
     """Return the bytes of a checkpoint, and how many of them there will be."""
     from dataset import preparation
     from plan import planner
+    from trainer.saver import KEPT_TRANSIENT
 
     size = 12 * planner.trained(run)  # weights and two moments in fp32
     prepared = preparation.read(config.dataset_path)

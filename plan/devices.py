@@ -1,4 +1,4 @@
-"""What each kind of device can do: its rates, its memory, and whether it computes in bf16."""
+"""The rates and the memory of each kind of device."""
 
 import re
 from typing import NamedTuple

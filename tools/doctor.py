@@ -107,7 +107,7 @@ def host_name() -> tuple[str, str, str]:
 
 def _precision() -> str:
     """Return what --precision=auto means on this rank's device, and why if that is fp32."""
-    from trainer import machine, parallel
+    from trainer import parallel
 
     device = parallel.pick_device()
     if machine.computes_in_bf16(device):
